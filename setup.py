@@ -1,0 +1,38 @@
+"""Build the C extensions; everything else about the package is in pyproject.toml.
+
+Set ``FASTSERVE_NO_EXTENSIONS=1`` to build the pure-Python package. It is an explicit choice: where the
+extension is asked for and its compilation fails, the build fails.
+"""
+
+import os
+import sys
+
+from setuptools import Extension, setup
+
+# The core needs POSIX sockets, and it is written for CPython's C API.
+SUPPORTED = os.name == "posix" and sys.implementation.name == "cpython"
+REFUSED = os.environ.get("FASTSERVE_NO_EXTENSIONS", "") not in ("", "0")
+
+
+def extensions() -> list[Extension]:
+    """Return the extension modules to build: none where they are refused or not supported."""
+    if REFUSED or not SUPPORTED:
+        return []
+    # Imported here so that the pure-Python build does not need Cython.
+    from Cython.Build import cythonize
+
+    headers = ["src/fastserve/_compat.h", "src/fastserve/_load.h", "src/fastserve/_syscalls.pxd"]
+    # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
+    options = [] if "CFLAGS" in os.environ else ["-g0"]
+    # The load generator of the benchmarks knows Linux only.
+    names = ["_core", "_load"] if sys.platform == "linux" else ["_core"]
+    modules: list[Extension] = cythonize(
+        [
+            Extension(f"fastserve.{name}", [f"src/fastserve/{name}.pyx"], depends=headers, extra_compile_args=options)
+            for name in names
+        ]
+    )
+    return modules
+
+
+setup(ext_modules=extensions())

@@ -1,0 +1,73 @@
+"""fastserve: the standard library's :mod:`socketserver` on a Cython core.
+
+``import fastserve as socketserver`` is all that a program changes; ``fastserve run -m http.server`` changes
+nothing. Every name of ``socketserver`` is here, with its behaviour; the page "Differences" of the documentation
+lists the few exceptions.
+"""
+
+from __future__ import annotations
+
+# Not used here: names of the module socketserver that programs reach through it.
+import os as os
+import selectors as selectors
+import socket as socket
+import sys as sys
+import threading as threading
+from io import BufferedIOBase as BufferedIOBase
+from time import monotonic as time  # noqa: F401
+
+from fastserve._backend import implementation
+from fastserve._version import __version__
+from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.patching import patch, patched, unpatch
+from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
+from fastserve.server import BaseServer, TCPServer, UDPServer
+from fastserve.streams import _SocketWriter  # noqa: F401
+from fastserve.workers.threads import (
+    ThreadingMixIn,
+    ThreadingTCPServer,
+    ThreadingUDPServer,
+    _NoThreads,  # noqa: F401
+    _Threads,  # noqa: F401
+)
+
+# What fastserve has beyond socketserver.
+__extensions__ = ["__version__", "implementation", "patch", "patched", "unpatch"]
+
+__all__ = [
+    "BaseRequestHandler",
+    "BaseServer",
+    "DatagramRequestHandler",
+    "StreamRequestHandler",
+    "TCPServer",
+    "ThreadingMixIn",
+    "ThreadingTCPServer",
+    "ThreadingUDPServer",
+    "UDPServer",
+    "__version__",
+    "implementation",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+if hasattr(os, "fork"):
+    from fastserve.workers.forking import ForkingMixIn, ForkingTCPServer, ForkingUDPServer
+
+    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer"]
+
+if hasattr(socket, "AF_UNIX"):
+    from fastserve.server import UnixDatagramServer, UnixStreamServer
+    from fastserve.workers.threads import ThreadingUnixDatagramServer, ThreadingUnixStreamServer
+
+    __all__ += [
+        "ThreadingUnixDatagramServer",
+        "ThreadingUnixStreamServer",
+        "UnixDatagramServer",
+        "UnixStreamServer",
+    ]
+
+if hasattr(os, "fork") and hasattr(socket, "AF_UNIX"):
+    from fastserve.workers.forking import ForkingUnixDatagramServer, ForkingUnixStreamServer
+
+    __all__ += ["ForkingUnixDatagramServer", "ForkingUnixStreamServer"]

@@ -1,0 +1,372 @@
+# cython: language_level=3, embedsignature=True
+"""The C twin of the core: epoll, poll, select, wake-up and accept without the GIL.
+
+Its contract and its types are those of ``_core_py``; the docstrings here say only what is particular to C.
+"""
+
+import os as _os
+import socket as _socket_module
+
+import _socket
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EBADF, EINTR, ENOENT, EPERM
+from libc.math cimport ceil
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from fastserve._syscalls cimport (
+    AF_INET, AF_INET6, AF_UNIX, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE,
+    FD_ZERO, FS_HAVE_EPOLL, FS_HAVE_EVENTFD, POLLIN, close_descriptor, epoll_event, fd_set, fs_accept,
+    fs_epoll_create, fs_epoll_ctl, fs_epoll_wait, fs_eventfd, fs_is_closed, fs_poll, fs_read, fs_select,
+    fs_socketpair, fs_write, inet_ntop, nfds_t, ntohl, ntohs, pollfd, sockaddr, sockaddr_in, sockaddr_in6,
+    sockaddr_storage, sockaddr_un, socklen_t,
+)
+
+cdef extern from "Python.h":
+    unicode PyUnicode_DecodeFSDefault(const char *)
+
+HAVE_EPOLL = bool(FS_HAVE_EPOLL)
+
+cdef enum:
+    MAX_EVENTS = 64           # events taken from the kernel at a time
+    ADDRESS_TEXT = 64         # bytes; INET6_ADDRSTRLEN is 46
+
+cdef double MAX_WAIT = 2000000.0  # seconds; poll(2) and epoll_wait(2) count milliseconds in an int
+
+# The class whose accept() may be bypassed; a library that replaces socket.socket (gevent, eventlet) before this
+# module is imported leaves none. Family, type and protocol are read at the C level, as ints: the properties of
+# socket.socket make enum members of them at ten times the cost.
+cdef object _plain_socket = _socket_module.socket if _socket_module.socket.__module__ == "socket" else None
+cdef object _plain_accept = None if _plain_socket is None else _plain_socket.accept
+cdef object _family_of = _socket.socket.family.__get__
+cdef object _type_of = _socket.socket.type.__get__
+cdef object _proto_of = _socket.socket.proto.__get__
+cdef object _timeout_of = _socket.socket.gettimeout
+cdef object _descriptor_of = _socket.socket.fileno
+
+
+cdef object _error(int code):
+    # The constructor of OSError picks the subclass that belongs to the code.
+    return OSError(code, _os.strerror(code))
+
+
+cdef int _checked(int fd) except -1:
+    if fd < 0:
+        raise ValueError(f"Invalid file descriptor: {fd}")
+    return fd
+
+
+cdef double _now() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+cdef double _until(object timeout) except -2.0:
+    """Return the time at which ``timeout`` seconds from now have passed, or -1.0 if it is endless."""
+    if timeout is None:
+        return -1.0
+    return _now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+
+
+cdef int _left(double until) noexcept nogil:
+    """Return the milliseconds left until then, rounded up as :mod:`selectors` does, or -1 for endless."""
+    if until < 0.0:
+        return -1
+    return <int>ceil(max(until - _now(), 0.0) * 1000.0)
+
+
+cdef int _interrupted(int result) except -1:
+    """Deal with the failure of a wait: run signal handlers after EINTR, raise anything else."""
+    if result != -EINTR:
+        raise _error(-result)
+    PyErr_CheckSignals()  # declared to raise what a handler raises
+    return 0
+
+
+cdef class EpollPoller:
+    """Wait with epoll_wait(2), level-triggered, without the GIL."""
+
+    cdef int _epoll
+
+    def __cinit__(self):
+        self._epoll = -1
+        cdef int fd = fs_epoll_create()
+        if fd < 0:
+            raise _error(-fd)
+        self._epoll = fd
+
+    def __dealloc__(self):
+        self.close()
+
+    cdef int _opened(self) except -1:
+        if self._epoll < 0:
+            raise ValueError("I/O operation on closed epoll object")
+        return self._epoll
+
+    def register(self, int fd):
+        cdef int result = fs_epoll_ctl(self._opened(), EPOLL_CTL_ADD, _checked(fd), EPOLLIN)
+        if result < 0:
+            raise _error(-result)
+
+    def unregister(self, int fd):
+        cdef int result = fs_epoll_ctl(self._epoll, EPOLL_CTL_DEL, fd, 0)
+        # A descriptor that was closed meanwhile is one that the kernel has forgotten; EPERM is said of one that epoll
+        # cannot watch, such as a file.
+        if result < 0 and result != -ENOENT and result != -EBADF and result != -EPERM:
+            raise _error(-result)
+
+    def wait(self, timeout=None):
+        cdef epoll_event events[MAX_EVENTS]
+        cdef double until = _until(timeout)
+        cdef int result
+        self._opened()
+        while True:
+            with nogil:
+                result = fs_epoll_wait(self._epoll, events, MAX_EVENTS, _left(until))
+            if result >= 0:
+                return [events[i].data.fd for i in range(result)]
+            _interrupted(result)
+
+    cpdef close(self):
+        if self._epoll >= 0:
+            close_descriptor(self._epoll)
+            self._epoll = -1
+
+
+cdef class PollPoller:
+    """Wait with poll(2) without the GIL."""
+
+    cdef pollfd *_fds
+    cdef int _count, _room
+
+    def __dealloc__(self):
+        free(self._fds)
+
+    cdef int _find(self, int fd) noexcept:
+        cdef int i
+        for i in range(self._count):
+            if self._fds[i].fd == fd:
+                return i
+        return -1
+
+    def register(self, int fd):
+        cdef pollfd *grown
+        _checked(fd)
+        if self._find(fd) >= 0:
+            return
+        if self._count == self._room:
+            grown = <pollfd *>realloc(self._fds, (self._room + 8) * 2 * sizeof(pollfd))
+            if grown == NULL:
+                raise MemoryError()
+            self._fds = grown
+            self._room = (self._room + 8) * 2
+        self._fds[self._count].fd = fd
+        self._fds[self._count].events = POLLIN
+        self._fds[self._count].revents = 0
+        self._count += 1
+
+    def unregister(self, int fd):
+        cdef int i = self._find(fd)
+        if i >= 0:
+            self._count -= 1
+            self._fds[i] = self._fds[self._count]
+
+    def wait(self, timeout=None):
+        cdef double until = _until(timeout)
+        cdef int result
+        while True:
+            with nogil:
+                result = fs_poll(self._fds, <nfds_t>self._count, _left(until))
+            if result >= 0:
+                return [self._fds[i].fd for i in range(self._count) if self._fds[i].revents]
+            _interrupted(result)
+
+    def close(self):
+        pass  # poll(2) holds no descriptor
+
+
+cdef class SelectPoller:
+    """Wait with select(2) without the GIL."""
+
+    cdef fd_set _wanted
+    cdef int _highest
+
+    def __cinit__(self):
+        FD_ZERO(&self._wanted)
+        self._highest = -1
+
+    def register(self, int fd):
+        _checked(fd)
+        if fd >= FD_SETSIZE:  # beyond the end of the fd_set: it would overwrite memory
+            raise ValueError("filedescriptor out of range in select()")
+        FD_SET(fd, &self._wanted)
+        self._highest = max(self._highest, fd)
+
+    def unregister(self, int fd):
+        if 0 <= fd < FD_SETSIZE:
+            FD_CLR(fd, &self._wanted)
+
+    def wait(self, timeout=None):
+        cdef fd_set ready
+        cdef double until = _until(timeout)
+        cdef int result
+        while True:
+            with nogil:
+                result = fs_select(self._highest, &self._wanted, &ready, _left(until))
+            if result >= 0:
+                return [fd for fd in range(self._highest + 1) if FD_ISSET(fd, &ready)]
+            if result == -EBADF:
+                return [
+                    fd for fd in range(self._highest + 1)
+                    if FD_ISSET(fd, &self._wanted) and fs_is_closed(fd)
+                ]
+            _interrupted(result)
+
+    def close(self):
+        pass  # select(2) holds no descriptor
+
+
+cdef class Wakeup:
+    """An eventfd(2), or a socket pair. The GIL, held throughout, makes ``set`` and ``close`` exclude each other."""
+
+    cdef int _reader, _writer  # the same descriptor if it is an eventfd
+
+    def __cinit__(self, bint for_signals=False):
+        cdef int pair[2]
+        cdef int result
+        self._reader = self._writer = -1
+        if FS_HAVE_EVENTFD and not for_signals:
+            result = pair[0] = pair[1] = fs_eventfd()
+        else:
+            result = fs_socketpair(pair)
+        if result < 0:
+            raise _error(-result)
+        self._reader = pair[0]
+        self._writer = pair[1]
+
+    def __dealloc__(self):
+        self.close()
+
+    def fileno(self):
+        return self._reader
+
+    def signal_fileno(self):
+        return -1 if self._reader == self._writer else self._writer
+
+    def set(self):
+        cdef uint64_t one = 1
+        cdef int result
+        if self._writer < 0:
+            return
+        while True:
+            result = fs_write(self._writer, &one, sizeof(one))
+            if result >= 0 or result == -EAGAIN:
+                return  # full means readable already
+            _interrupted(result)
+
+    def clear(self):
+        cdef char scratch[512]
+        cdef int result
+        while self._reader >= 0:
+            result = fs_read(self._reader, scratch, sizeof(scratch))
+            if result == -EAGAIN:
+                return
+            if result < 0:
+                _interrupted(result)
+            elif result < <int>sizeof(scratch):
+                return  # an eventfd is emptied by one read; so is a stream by a short one
+
+    cpdef close(self):
+        cdef int reader = self._reader
+        cdef int writer = self._writer
+        self._reader = self._writer = -1
+        if reader >= 0:
+            close_descriptor(reader)
+        if writer >= 0 and writer != reader:
+            close_descriptor(writer)
+
+
+def wait_readable(int fd, timeout):
+    cdef pollfd waited
+    cdef double until = _until(timeout)
+    cdef int result
+    waited.fd = _checked(fd)
+    waited.events = POLLIN
+    while True:
+        waited.revents = 0
+        with nogil:
+            result = fs_poll(&waited, 1, _left(until))
+        if result >= 0:
+            return result > 0
+        _interrupted(result)
+
+
+cdef object _address(sockaddr_storage *storage, socklen_t length, int family):
+    """Make of a peer's address what ``socket.accept()`` makes of it."""
+    cdef char text[ADDRESS_TEXT]
+    cdef sockaddr_in *inet
+    cdef sockaddr_in6 *inet6
+    cdef sockaddr_un *local
+    cdef int size
+    if family == AF_INET:
+        inet = <sockaddr_in *>storage
+        inet_ntop(AF_INET, &inet.sin_addr, text, ADDRESS_TEXT)
+        return (text.decode("ascii"), ntohs(inet.sin_port))
+    if family == AF_INET6:
+        inet6 = <sockaddr_in6 *>storage
+        inet_ntop(AF_INET6, &inet6.sin6_addr, text, ADDRESS_TEXT)
+        return (
+            text.decode("ascii"), ntohs(inet6.sin6_port), ntohl(inet6.sin6_flowinfo), inet6.sin6_scope_id
+        )
+    local = <sockaddr_un *>storage
+    size = <int>length - <int>(<char *>local.sun_path - <char *>local)
+    if size > 0 and local.sun_path[0] == 0:
+        return PyBytes_FromStringAndSize(local.sun_path, size)  # Linux's abstract names are bytes
+    # The storage was zeroed and is larger than a sockaddr_un: the path ends in a null byte, or is empty.
+    return PyUnicode_DecodeFSDefault(local.sun_path)
+
+
+def accept(listener):
+    """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
+    cdef sockaddr_storage storage
+    cdef socklen_t length = sizeof(storage)
+    cdef int descriptor, family
+    cdef int result = -1
+    if (
+        type(listener) is not _plain_socket
+        or _socket_module.socket is not _plain_socket
+        or _plain_socket.accept is not _plain_accept
+    ):
+        return listener.accept()  # somebody's own, or somebody's own would be made
+    family = _family_of(listener)
+    if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
+        return listener.accept()
+    memset(&storage, 0, sizeof(storage))
+    while True:
+        descriptor = _descriptor_of(listener)  # asked for again after a signal handler, which may have closed it
+        with nogil:
+            result = fs_accept(descriptor, <sockaddr *>&storage, &length)
+        if result >= 0:
+            break
+        if result == -EINTR:
+            PyErr_CheckSignals()
+            length = sizeof(storage)
+        elif result == -EAGAIN and _timeout_of(listener):
+            return listener.accept()  # it has a timeout, and waits for what is left of it
+        else:
+            raise _error(-result)
+    try:
+        address = _address(&storage, length, family)
+        request = _plain_socket(family, _type_of(listener), _proto_of(listener), result)
+    except BaseException:
+        close_descriptor(result)
+        raise
+    # CPython issue 7995: some systems let the new descriptor inherit O_NONBLOCK from a listener with a timeout.
+    if _timeout_of(listener) and _socket_module.getdefaulttimeout() is None:
+        request.setblocking(True)
+    return request, address

@@ -1,0 +1,81 @@
+# The C declarations that the core uses. Every fs_ function returns a value >= 0, or -errno.
+
+from libc.stdint cimport uint32_t
+
+cdef extern from "_compat.h" nogil:
+    enum:
+        FS_HAVE_EPOLL
+        FS_HAVE_EVENTFD
+        FD_SETSIZE
+        AF_INET
+        AF_INET6
+        AF_UNIX
+        EPOLLIN
+        EPOLL_CTL_ADD
+        EPOLL_CTL_DEL
+        POLLIN
+
+    ctypedef unsigned int socklen_t
+    ctypedef unsigned long nfds_t
+
+    ctypedef struct fd_set:
+        pass
+
+    void FD_ZERO(fd_set *)
+    void FD_SET(int, fd_set *)
+    void FD_CLR(int, fd_set *)
+    int FD_ISSET(int, fd_set *)
+
+    struct pollfd:
+        int fd
+        short events
+        short revents
+
+    ctypedef union epoll_data_t "fs_epoll_data_t":
+        int fd
+
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+
+    struct sockaddr:
+        unsigned short sa_family
+
+    struct sockaddr_storage:
+        unsigned short ss_family
+
+    struct in_addr:
+        pass
+
+    struct in6_addr:
+        pass
+
+    struct sockaddr_in:
+        unsigned short sin_port
+        in_addr sin_addr
+
+    struct sockaddr_in6:
+        unsigned short sin6_port
+        uint32_t sin6_flowinfo
+        in6_addr sin6_addr
+        uint32_t sin6_scope_id
+
+    struct sockaddr_un:
+        char sun_path[1]
+
+    unsigned short ntohs(unsigned short)
+    uint32_t ntohl(uint32_t)
+    const char *inet_ntop(int, const void *, char *, socklen_t)
+    int close_descriptor "close"(int)
+
+    int fs_accept(int, sockaddr *, socklen_t *)
+    int fs_eventfd()
+    int fs_socketpair(int *)
+    int fs_epoll_create()
+    int fs_epoll_ctl(int, int, int, uint32_t)
+    int fs_epoll_wait(int, epoll_event *, int, int)
+    int fs_poll(pollfd *, nfds_t, int)
+    int fs_select(int, const fd_set *, fd_set *, int)
+    int fs_is_closed(int)
+    int fs_write(int, const void *, size_t)
+    int fs_read(int, void *, size_t)

@@ -1,0 +1,157 @@
+"""``fastserve serve``: a handler of the user's, without a program."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+from types import FrameType
+from typing import Any, Final
+
+import fastserve
+from fastserve.cli.arguments import UsageError, positive
+from fastserve.cli.targets import WORKERS, find_handler
+
+# Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
+DEFAULT_REQUEST_QUEUE_SIZE: Final = 128
+
+EPILOG: Final = """\
+The first line on standard output tells the address, in the form that --bind takes.
+
+Ctrl-C (SIGINT) and SIGTERM stop the server at once, with exit status 0. Requests that
+still run are cut off, also those of idle clients: threads end with the process, children
+get SIGTERM, a handler in the loop gets KeyboardInterrupt. A Unix socket's file is removed.
+
+examples:
+  fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
+  fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
+  fastserve serve http.server:SimpleHTTPRequestHandler --bind unix:/tmp/files.sock
+"""
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command to those of the command line."""
+    description = "Serve a handler class: for each connection, or each datagram, it is called once."
+    parser = commands.add_parser("serve", help="serve a handler class", description=description, epilog=EPILOG)
+    help = "any callable that takes (request, client_address, server), such as a handler class; HANDLER may be dotted, \
+        as Outer.Handler. MODULE is looked for in the current directory first"
+    parser.add_argument("target", metavar="MODULE:HANDLER | FILE.py:HANDLER", help=help)
+    help = "HOST:PORT, [IPV6]:PORT or unix:PATH (default: %(default)s). Port 0 lets the kernel choose; an empty HOST \
+        means all IPv4 interfaces"
+    parser.add_argument("--bind", metavar="ADDRESS", default="127.0.0.1:8000", help=help)
+    help = "serve datagrams, UDP or of a Unix socket (default: connections)"
+    parser.add_argument("--udp", action="store_true", help=help)
+    help = "what runs the handler: sync, the loop itself, one request after the other; threads, a thread for each \
+        request; fork, a child process for each (default: %(default)s)"
+    parser.add_argument("--worker", choices=WORKERS, default="threads", help=help)
+    help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
+        system may have a lower limit)"
+    parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
+    help = f"bytes taken of a datagram, with --udp (default: {fastserve.UDPServer.max_packet_size}; the kernel drops \
+        the rest)"
+    parser.add_argument("--max-packet-size", metavar="N", type=positive, help=help)
+    help = "bind with SO_REUSEADDR: for TCP, at once after an earlier server has stopped; for UDP, beside others that \
+        do the same (default: yes for TCP, no for UDP)"
+    parser.add_argument("--reuse-address", action=argparse.BooleanOptionalAction, help=help)
+    parser.set_defaults(command=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM. Raises ``UsageError``."""
+    is_unix = args.bind.startswith("unix:")
+    for wrong, message in (
+        (args.udp and args.request_queue_size, "--request-queue-size is for connections: not with --udp"),
+        (not args.udp and args.max_packet_size, "--max-packet-size is for datagrams: only with --udp"),
+        (is_unix and args.reuse_address is not None, "--reuse-address is not for a Unix socket"),
+        (is_unix and not hasattr(socket, "AF_UNIX"), "this system has no Unix sockets"),
+        (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
+    ):
+        if wrong:
+            raise UsageError(message)
+    handler = find_handler(args.target)
+    try:
+        server = _make_server(args, handler)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot serve on {args.bind}: {getattr(error, 'strerror', None) or error}") from None
+    path = os.path.abspath(args.bind[5:]) if is_unix else None
+    made = os.lstat(path) if path else None
+    try:
+        with server:
+            _serve_until_stopped(server, args)
+    finally:
+        if path and made and os.path.exists(path) and os.path.samestat(made, os.lstat(path)):  # not somebody else's
+            os.unlink(path)
+    return 0
+
+
+def _resolve(bind: str, kind: socket.SocketKind) -> tuple[int, Any]:
+    """Return the address family and the address that ``--bind`` means. Raises ``OSError`` and ``UnicodeError`` too."""
+    if bind.startswith("unix:"):
+        if bind == "unix:":
+            raise UsageError("--bind unix:PATH lacks the path")
+        return socket.AF_UNIX, bind[5:]
+    host, colon, port = bind.rpartition(":")
+    if not (colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise UsageError(f"--bind {bind!r} is not HOST:PORT, with a port from 0 to 65535, nor unix:PATH")
+    in_brackets = host.startswith("[") and host.endswith("]")
+    if ":" in host and not in_brackets:
+        raise UsageError(f"--bind {bind!r}: an IPv6 address goes in brackets, [IPV6]:PORT")
+    family, host = (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_UNSPEC, host)
+    found = socket.getaddrinfo(host or None, int(port), family, kind, flags=socket.AI_PASSIVE)
+    # A name that has both kinds of address, such as localhost, means the same on every machine: IPv4.
+    found_family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return found_family, address
+
+
+def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
+    """Return a listening server of the predefined class that the options name."""
+    family, address = _resolve(args.bind, socket.SOCK_DGRAM if args.udp else socket.SOCK_STREAM)
+    kinds = ("UnixStreamServer", "UnixDatagramServer") if args.bind.startswith("unix:") else ("TCPServer", "UDPServer")
+    base = getattr(fastserve, WORKERS[args.worker] + kinds[args.udp])
+    attributes: dict[str, Any] = {
+        "address_family": family,
+        "request_queue_size": args.request_queue_size or DEFAULT_REQUEST_QUEUE_SIZE,
+        "max_packet_size": args.max_packet_size or fastserve.UDPServer.max_packet_size,
+        "allow_reuse_address": not args.udp if args.reuse_address is None else args.reuse_address,
+        # The end of the server waits for no thread whose client is idle, but for the children, which were told to end.
+        "daemon_threads": True,
+        "block_on_close": args.worker == "fork",
+    }
+    server: fastserve.TCPServer = type(base.__name__, (base,), attributes)(address, handler)
+    return server
+
+
+def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) -> None:
+    """Print the address, and serve until SIGINT or SIGTERM."""
+    pid = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != pid:  # in a forked child, which has nothing to stop but itself
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        server.shutdown()
+        if args.worker == "sync":
+            raise KeyboardInterrupt  # the loop may be in a handler that waits for its client
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        kinds = ("unix stream", "unix datagram") if args.bind.startswith("unix:") else ("tcp", "udp")
+        how = f"{kinds[args.udp]}, {args.worker}"
+        print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
+        server.serve_forever()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for
+    for child in getattr(server, "active_children", None) or ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)  # it holds the listener open: left alone it would keep the address
+
+
+def _address(server: fastserve.TCPServer) -> str:
+    """Return where ``server`` listens, in the form that ``--bind`` takes."""
+    if isinstance(server.server_address, str):
+        return f"unix:{server.server_address}"
+    host, port = server.server_address[:2]
+    return f"[{host!s}]:{port}" if server.address_family == socket.AF_INET6 else f"{host!s}:{port}"

@@ -1,0 +1,393 @@
+"""The five servers: what they listen on, their loop, and the hooks that a program may override.
+
+They are the classes of :mod:`socketserver`, each derived from the stdlib's class of the same name, with the same
+methods, called in the same order on the same thread. They are plain Python: what makes them fast is in objects
+that they hold while they serve (``_loop``). A method is always called through ``self``, so that an override on
+the class or on the instance takes effect.
+"""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+from collections.abc import Callable
+from typing import Any, Final, Self
+
+from fastserve import _backend, pollers
+from fastserve._loop import (
+    STATE,
+    State,
+    idle_timeout,
+    new_event,
+    new_loop,
+    paused,
+    quiet_service_actions,
+    retry_paused,
+)
+
+# The modules that socketserver imports are reached through it, so that a name that is replaced there
+# (socketserver.threading, say) is replaced here. Its type stub does not list them.
+_std: Any = socketserver
+
+_SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
+
+
+class _ShutdownRequest:
+    """``_BaseServer__shutdown_request``: kept in the instance's ``__dict__``; setting it true wakes the loop.
+
+    Programs set this private flag from handlers, other threads and signal handlers instead of calling
+    ``shutdown()``, and expect the loop to stop. Where a class shadows it, the loop ticks instead.
+    """
+
+    def __get__(self, server: Any, owner: type | None = None) -> Any:
+        if server is None or _SHUTDOWN_REQUEST not in server.__dict__:
+            raise AttributeError(f"{owner.__name__ if owner else server!r} has no {_SHUTDOWN_REQUEST}")
+        return server.__dict__[_SHUTDOWN_REQUEST]
+
+    def __set__(self, server: Any, value: Any) -> None:
+        server.__dict__[_SHUTDOWN_REQUEST] = value
+        state = server.__dict__.get(STATE)
+        if value and state is not None:
+            state.stop_loops()
+
+    def __delete__(self, server: Any) -> None:
+        if _SHUTDOWN_REQUEST not in server.__dict__:
+            raise AttributeError(_SHUTDOWN_REQUEST)
+        del server.__dict__[_SHUTDOWN_REQUEST]
+
+
+def _flag_wakes(server: object) -> bool:
+    """Return whether setting ``_BaseServer__shutdown_request`` on ``server`` wakes its loop."""
+    for cls in type(server).__mro__:
+        if _SHUTDOWN_REQUEST in vars(cls):
+            return isinstance(vars(cls)[_SHUTDOWN_REQUEST], _ShutdownRequest)
+    return False
+
+
+def _is_closed(server: object) -> bool:
+    try:
+        pollers.descriptor_of(server)
+    except ValueError:
+        return True
+    return False
+
+
+class BaseServer(socketserver.BaseServer):
+    """The loop and the hooks of a server, without a listener: see :class:`TCPServer`.
+
+    A program calls :meth:`serve_forever` or :meth:`handle_request`, :meth:`shutdown` and :meth:`server_close`.
+    A derived class provides ``fileno()`` and ``get_request()``, and may override every other method.
+
+    The class has the stdlib's name on purpose: ``_BaseServer__shutdown_request`` and
+    ``_BaseServer__is_shut_down``, which programs read and set, are mangled from it.
+
+    :cvar timeout: seconds that :meth:`handle_request` waits before it calls :meth:`handle_timeout`; ``None``
+        (the default) waits without end. :meth:`serve_forever` does not use it.
+    :ivar server_address: the address that the server was given, or is bound to.
+    :ivar RequestHandlerClass: what is called with ``(request, client_address, server)`` for each request.
+    """
+
+    timeout: float | None = None
+
+    __is_shut_down: Any
+    __shutdown_request: Any = _ShutdownRequest()
+
+    def __init__(self, server_address: Any, RequestHandlerClass: Callable[[Any, Any, Self], Any]) -> None:
+        """Remember the arguments. May be extended; attributes may be set before it is called.
+
+        :param server_address: the address to serve, in the form that its address family takes.
+        :param RequestHandlerClass: any callable that takes ``(request, client_address, server)``.
+        """
+        self.server_address = server_address
+        self.RequestHandlerClass = RequestHandlerClass
+        self.__is_shut_down = new_event()
+        self.__shutdown_request = False
+
+    def server_activate(self) -> None:
+        """Do nothing. The constructor calls it to activate the server; may be overridden."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Handle requests, one at a time, until :meth:`shutdown`.
+
+        The calling thread runs the loop and all hooks. It sleeps until something happens: there is no polling
+        while :meth:`service_actions` is not overridden. Where ``shutdown()`` came first the call returns at
+        once, and so it does on a server that was shut down and closed.
+
+        :param poll_interval: seconds between two calls of an overridden :meth:`service_actions` while idle.
+        :raises ValueError: if the server is closed.
+        :raises OSError: if there is no descriptor left for the loop.
+        """
+        state = State.of(self)
+        loop = new_loop(self)
+        self.__is_shut_down.clear()
+        # From here on shutdown() waits for this call, even though it may not have begun to wait.
+        state.loops.append(loop)
+        try:
+            if not self.__shutdown_request and not (state.shut_down and _is_closed(self)):
+                loop.open()
+                loop.ticks = loop.ticks or not _flag_wakes(self)
+                while not (self.__shutdown_request or loop.stopping):
+                    ready = loop.wait(idle_timeout(self, loop, poll_interval))
+                    if self.__shutdown_request or loop.stopping:  # bpo-35017: no request is begun after shutdown()
+                        break
+                    if ready:
+                        self._handle_request_noblock()
+                    self.service_actions()
+        finally:
+            self.__shutdown_request = False
+            try:
+                loop.close()
+            finally:
+                self.__is_shut_down.set()
+                state.loops.remove(loop)
+
+    def shutdown(self) -> None:
+        """Stop :meth:`serve_forever`, and wait until it has ended. Any thread may call it.
+
+        A request that is being handled by the loop's thread is finished first. In the loop's own thread, which
+        is that of a handler of a server without a worker mix-in and often that of a signal handler, it asks
+        the loop to stop and returns. While nothing is served it makes the next ``serve_forever()`` return at
+        once.
+        """
+        state = State.of(self)
+        state.shut_down = True
+        self.__shutdown_request = True
+        if state.own_loop() is None and getattr(self.__is_shut_down, "must_be_awaited", True):
+            self.__is_shut_down.wait()
+
+    def service_actions(self) -> None:
+        """Do nothing. The loop calls it after every turn; overridden, also every ``poll_interval`` while idle."""
+
+    def handle_request(self) -> None:
+        """Handle one request, waiting for it at most :attr:`timeout` seconds.
+
+        Where the listener itself has a timeout (``settimeout``), the shorter of the two counts. When it passes,
+        :meth:`handle_timeout` is called.
+
+        :raises ValueError: if the server is closed.
+        """
+        timeout = self.socket.gettimeout()  # type: ignore[attr-defined]
+        if timeout is None:
+            timeout = self.timeout
+        elif self.timeout is not None:
+            timeout = min(timeout, self.timeout)
+        if pollers.wait_for_request(self, timeout):
+            self._handle_request_noblock()
+        else:
+            self.handle_timeout()
+
+    def _handle_request_noblock(self) -> None:
+        """Handle the request that has arrived. Programs with a ``select`` loop of their own call it."""
+        try:
+            request, client_address = self.get_request()
+        except OSError as error:
+            loop = State.of(self).own_loop()
+            if loop is not None:
+                own = getattr(self.get_request, "__func__", None) in _OWN_GET_REQUEST
+                loop.accept_failed(error, own)
+            return
+        if self.verify_request(request, client_address):
+            try:
+                self.process_request(request, client_address)
+            except Exception:
+                self.handle_error(request, client_address)
+                self.shutdown_request(request)
+            except:
+                self.shutdown_request(request)
+                raise
+        else:
+            self.shutdown_request(request)
+
+    def handle_timeout(self) -> None:
+        """Do nothing. :meth:`handle_request` calls it when :attr:`timeout` has passed; may be overridden."""
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether the request is to be handled: ``True`` unless overridden. The loop's thread calls it."""
+        return True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Handle the request in the calling thread, the loop's. The worker mix-ins override it.
+
+        What a handler raises comes out of it: the loop gives an ``Exception`` to :meth:`handle_error` and lets
+        anything else, such as ``KeyboardInterrupt``, end ``serve_forever``.
+        """
+        self.finish_request(request, client_address)
+        self.shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Do nothing. Called to release what the server holds; may be extended."""
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Call :attr:`RequestHandlerClass`, whose constructor handles the request. The worker's thread calls it."""
+        self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a request: call :meth:`close_request`. The worker's thread calls it."""
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Do nothing. Called to release what a request holds; may be overridden."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the current exception, that of a handler, to standard error, and go on. May be overridden.
+
+        It is called while the exception is handled: ``raise`` and ``sys.exc_info()`` work in it.
+        """
+        import traceback  # a tenth of the import of this package, and mostly never needed
+
+        stderr = _std.sys.stderr
+        print("-" * 40, file=stderr)
+        print("Exception occurred during processing of request from", client_address, file=stderr)
+        traceback.print_exc(file=stderr)
+        print("-" * 40, file=stderr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Close the server: ``with`` calls :meth:`server_close`."""
+        self.server_close()
+
+
+class TCPServer(BaseServer, socketserver.TCPServer):
+    """A server that listens for TCP connections and handles one after the other.
+
+    :cvar address_family: the family of the listener, ``socket.AF_INET`` by default.
+    :cvar socket_type: the type of the listener, ``socket.SOCK_STREAM``.
+    :cvar request_queue_size: connections that the kernel keeps until they are accepted, 5 by default; listen(2).
+    :cvar allow_reuse_address: whether the listener is bound with ``SO_REUSEADDR``, ``False`` by default.
+    :cvar allow_reuse_port: whether an IP listener is bound with ``SO_REUSEPORT``, ``False`` by default.
+    :ivar socket: the listener. It may be replaced, also by an object that is not a ``socket.socket``.
+    """
+
+    address_family = socket.AF_INET
+
+    socket_type = socket.SOCK_STREAM
+
+    request_queue_size = 5
+
+    allow_reuse_address = False
+
+    allow_reuse_port = False
+
+    def __init__(
+        self,
+        server_address: Any,
+        RequestHandlerClass: Callable[[Any, Any, Self], Any],
+        bind_and_activate: bool = True,
+    ) -> None:
+        """Make the listener, and bind and activate it. May be extended.
+
+        :param server_address: ``(host, port)`` for TCP and UDP over IPv4; port 0 lets the kernel choose.
+        :param RequestHandlerClass: any callable that takes ``(request, client_address, server)``.
+        :param bind_and_activate: whether to call :meth:`server_bind` and :meth:`server_activate`.
+        :raises OSError: if the address cannot be had. The listener is closed then.
+        """
+        BaseServer.__init__(self, server_address, RequestHandlerClass)
+        self.socket = _std.socket.socket(self.address_family, self.socket_type)
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except:
+                self.server_close()
+                raise
+
+    def server_bind(self) -> None:
+        """Bind the listener, and set :attr:`server_address` to the address that it got. May be overridden."""
+        names = _std.socket
+        if self.allow_reuse_address and hasattr(names, "SO_REUSEADDR"):
+            self.socket.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, 1)
+        # Since Linux 6.12.9 other families than IP refuse SO_REUSEPORT (CPython gh-128916).
+        if (
+            self.allow_reuse_port
+            and hasattr(names, "SO_REUSEPORT")
+            and self.address_family in (names.AF_INET, names.AF_INET6)
+        ):
+            self.socket.setsockopt(names.SOL_SOCKET, names.SO_REUSEPORT, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def server_activate(self) -> None:
+        """Listen, with a backlog of :attr:`request_queue_size`. May be overridden."""
+        self.socket.listen(self.request_queue_size)
+
+    def server_close(self) -> None:
+        """Close the listener. May be extended."""
+        self.socket.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""
+        return self.socket.fileno()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; return ``(request, client_address)``, the first a ``socket.socket``.
+
+        The loop's thread calls it when the listener is readable; called at another time it waits. It may be
+        overridden; the loop drops an ``OSError`` that it raises.
+        """
+        return _backend.core.accept(self.socket)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Shut down the sending side of a connection, so that the client sees its end, and close it."""
+        try:
+            # close() alone would only drop this reference to the descriptor.
+            request.shutdown(_std.socket.SHUT_WR)
+        except OSError:
+            pass  # the client is gone already: ENOTCONN
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Close a connection."""
+        request.close()
+        if paused:
+            retry_paused()
+
+
+class UDPServer(TCPServer, socketserver.UDPServer):
+    """A server that receives datagrams and handles one after the other.
+
+    A request is the pair ``(data, socket)``: the bytes of the datagram and the listener, to answer with.
+
+    :cvar max_packet_size: bytes that are taken of a datagram, 8192 by default; the kernel drops the rest.
+    """
+
+    allow_reuse_address = False
+
+    allow_reuse_port = False
+
+    socket_type = socket.SOCK_DGRAM
+
+    max_packet_size = 8192
+
+    def get_request(self) -> tuple[tuple[bytes, socket.socket], Any]:  # type: ignore[override]
+        """Receive a datagram; return ``((data, socket), client_address)``. May be overridden."""
+        data, client_address = self.socket.recvfrom(self.max_packet_size)
+        return (data, self.socket), client_address
+
+    def server_activate(self) -> None:
+        """Do nothing: a datagram socket does not listen."""
+
+    def shutdown_request(self, request: Any) -> None:
+        """Call :meth:`close_request`: a datagram has no connection to shut down."""
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Do nothing: a datagram holds nothing to release."""
+
+
+_OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
+
+quiet_service_actions[BaseServer.service_actions] = lambda server, loop: True
+
+if hasattr(socket, "AF_UNIX"):
+
+    class UnixStreamServer(TCPServer, socketserver.UnixStreamServer):
+        """A :class:`TCPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
+
+        address_family = socket.AF_UNIX
+
+    class UnixDatagramServer(UDPServer, socketserver.UnixDatagramServer):
+        """A :class:`UDPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
+
+        address_family = socket.AF_UNIX

@@ -1,0 +1,1 @@
+"""The worker models: who runs the handler. One mix-in each, to be named before the server."""
