@@ -1,0 +1,179 @@
+"""Programs in processes of their own: started on either implementation, talked to, and ended with Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastserve import _backend
+
+IMPLEMENTATIONS = ["py"] if _backend.refused() else ["c", "py"]
+TIME_LIMIT = 20.0  # seconds for a child to end
+
+# Python 3.12 and later warn of a fork beside other threads, and rightly so. A program that is there to show just
+# this, and whose other threads hold nothing that the forked child needs, is let off.
+FORK_BESIDE_THREADS = "ignore:This process:DeprecationWarning"
+
+
+class Child:
+    """A running program."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
+        self.process = process
+        self._errors = errors
+
+    def line(self) -> str:
+        """Return the next line that the program prints."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it printed nothing more:\n{self.errors()}"
+        return line.rstrip("\n")
+
+    def port(self) -> int:
+        """Return the port at the end of the next line."""
+        return int(self.line().rpartition(":")[2])
+
+    def errors(self) -> str:
+        """Return what it has written to standard error."""
+        return self._errors.read_text()
+
+    def interrupt(self) -> str:
+        """Press Ctrl-C, and return what it still prints; it must end with status 0 and without a traceback."""
+        self.process.send_signal(signal.SIGINT)
+        return self.end()
+
+    def end(self) -> str:
+        """Wait for its end, and return what it still prints; status and standard error must be clean."""
+        assert self.process.stdout is not None
+        status = self.process.wait(TIME_LIMIT)
+        assert status == 0, self.errors()
+        assert "Traceback" not in self.errors() and "Warning" not in self.errors(), self.errors()
+        return self.process.stdout.read()
+
+
+@contextlib.contextmanager
+def child(
+    implementation: str, directory: Path, arguments: Sequence[str], allowed: Sequence[str] = ()
+) -> Iterator[Child]:
+    """Run Python with ``arguments`` on ``implementation`` for the time of the block.
+
+    Every warning is an error there, also that of a socket which is not closed.
+
+    :param directory: where its standard error is kept.
+    :param allowed: filters, as for ``python -W``, for the warnings that are no errors.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["FASTSERVE_NO_EXTENSIONS"] = "1" if implementation == "py" else "0"
+    filters = [f"-W{text}" for text in ("error", *allowed)]
+    errors = directory / "stderr.txt"
+    with (
+        _interruptible(),
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-u", *filters, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+            cwd=directory,
+        ) as process,
+    ):
+        try:
+            yield Child(process, errors)
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have children heed SIGINT, also where this process was started with the signal ignored, as by a shell's "&"."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    # A handler, unlike SIG_IGN, is not inherited through exec().
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def program(order: str, imports: str, body: str) -> list[str]:
+    """Return the arguments of a program that runs ``body`` on fastserve through ``patch()``.
+
+    :param order: whether ``imports`` come ``"before"`` or ``"after"`` the patch.
+    :param imports: what the program imports, and classes that it derives at once.
+    :param body: the rest; it calls ``serve(server)`` or uses ``until_interrupted()``.
+    """
+    assert order in ("before", "after")
+    begin = [imports, _PATCH] if order == "before" else [_PATCH, _NOT_YET, imports]
+    return ["-c", "\n".join([_HEAD, *begin, body, _TAIL])]
+
+
+# It watches all calls: a program that runs on fastserve calls no function of the module socketserver.
+_HEAD = """
+import contextlib, os, socketserver, sys, threading, types
+
+def functions():
+    return {
+        (cls, name): value
+        for cls in vars(socketserver).values() if isinstance(cls, type) and cls.__module__ == "socketserver"
+        for name, value in vars(cls).items() if isinstance(value, types.FunctionType) or "shutdown_request" in name
+    }
+
+def watch(frame, event, argument):
+    if event == "call":
+        owner = frame.f_globals.get("__name__", "").partition(".")[0]
+        if owner in called:
+            called[owner].add(frame.f_code.co_qualname)
+
+@contextlib.contextmanager
+def until_interrupted():
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted")
+
+def serve(server):
+    with server, until_interrupted():
+        print("listening on", f"{server.server_address[0]}:{server.server_address[1]}")
+        server.serve_forever()
+
+stdlib = functions()
+called = {"fastserve": set(), "socketserver": set()}
+"""
+# Nothing above has imported what the program is to import after the patch.
+_NOT_YET = """
+programs = {"dnslib", "http.server", "logging.config", "werkzeug", "wsgiref.simple_server", "xmlrpc.server"}
+assert not programs & set(sys.modules)
+"""
+_PATCH = """
+import fastserve
+assert fastserve.implementation == ("py" if os.environ["FASTSERVE_NO_EXTENSIONS"] == "1" else "c")
+fastserve.patch()
+for name in ("serve_forever", "handle_request", "shutdown", "_handle_request_noblock"):
+    assert getattr(socketserver.BaseServer, name) is getattr(fastserve.BaseServer, name)
+assert socketserver.TCPServer.get_request is fastserve.TCPServer.get_request
+threading.setprofile(watch)
+sys.setprofile(watch)
+"""
+_TAIL = """
+sys.setprofile(None)
+threading.setprofile(None)
+assert called["fastserve"] & {"BaseServer.serve_forever", "BaseServer.handle_request"}, called
+assert "BaseRequestHandler.__init__" in called["fastserve"] or "ForkingMixIn.process_request" in called["fastserve"]
+# What stands for the threads of a server that has none is an object of the stdlib's, and does nothing.
+assert {name for name in called["socketserver"] if not name.startswith("_NoThreads.")} == set(), called
+assert functions() != stdlib
+fastserve.unpatch()
+assert functions() == stdlib
+print("the stdlib is itself again")
+"""
+
+THE_END = "the stdlib is itself again\n"

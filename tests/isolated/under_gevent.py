@@ -1,0 +1,56 @@
+"""Serve under gevent's monkey-patching: ``under_gevent VARIANT before|after`` the import of fastserve."""
+
+from __future__ import annotations
+
+import sys
+
+import gevent.monkey
+
+if sys.argv[2] == "before":
+    gevent.monkey.patch_all()
+
+from isolated import harness  # noqa: E402
+
+module = harness.module_under_test()
+
+if sys.argv[2] == "after":
+    gevent.monkey.patch_all()
+
+import gevent  # noqa: E402
+
+from fastserve import _backend  # noqa: E402
+from support import talk  # noqa: E402
+
+
+class Echo(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.readline())
+
+
+turns = 0
+
+
+def turn() -> None:
+    global turns
+    while True:
+        turns += 1
+        gevent.sleep(0.001)
+
+
+assert _backend.monkey_patched()
+turning = gevent.spawn(turn)
+for name in ("TCPServer", "ThreadingTCPServer"):
+    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(20):
+        serving = gevent.spawn(server.serve_forever, 0.05)
+        for _ in range(5):
+            assert talk(server.server_address, b"hello\n") == b"hello\n"
+        before = turns
+        gevent.sleep(0.2)
+        assert turns - before > 20, "the wait of serve_forever() holds the other greenlets up"
+        server.shutdown()
+        serving.get()
+    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(20):
+        client = gevent.spawn(talk, server.server_address, b"hello\n")
+        server.handle_request()
+        assert client.get() == b"hello\n"
+turning.kill()

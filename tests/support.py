@@ -1,0 +1,62 @@
+"""What the tests share: serving in a thread, a client, waiting for a condition, counting descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Wait until ``condition()`` is true; fail the test if it does not come to be."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def open_descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+
+
+@contextlib.contextmanager
+def serving(server: Any, poll_interval: float = 0.5) -> Iterator[Any]:
+    """Serve in a thread for the time of the block; then shut down, join the thread and close the server."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.serve_forever(poll_interval)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="serving")
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join(10)
+        alive = thread.is_alive()
+        server.server_close()
+    assert not alive, "serve_forever() did not return"
+    if failed:
+        raise failed[0]
+
+
+def talk(address: Any, sent: bytes, family: int = socket.AF_INET, timeout: float = 10.0) -> bytes:
+    """Connect, send, end the sending side, and return all that the server answers."""
+    with socket.socket(family, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout)
+        client.connect(address)
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while data := client.recv(65536):
+            answer += data
+        return answer
