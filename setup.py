@@ -24,8 +24,9 @@ def extensions() -> list[Extension]:
     headers = ["src/fastserve/_compat.h", "src/fastserve/_load.h", "src/fastserve/_syscalls.pxd"]
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]
-    # The load generator of the benchmarks knows Linux only.
-    names = ["_core", "_load"] if sys.platform == "linux" else ["_core"]
+    names = ["_core", "_streams", "_datagrams", "_threads"]
+    if sys.platform == "linux":  # the only system that the load generator of the benchmarks knows
+        names.append("_load")
     modules: list[Extension] = cythonize(
         [
             Extension(f"fastserve.{name}", [f"src/fastserve/{name}.pyx"], depends=headers, extra_compile_args=options)

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 import fastserve
-from fastserve import _backend, _core_py
+from fastserve import _backend, _core_py, _datagrams_py, _streams_py
 
 NO_EXTENSIONS = _backend.refused()
 
@@ -17,12 +17,15 @@ NO_EXTENSIONS = _backend.refused()
 if not NO_EXTENSIONS and fastserve.implementation != "c":
     raise pytest.UsageError("the extension is not built; set FASTSERVE_NO_EXTENSIONS=1 to test without it")
 
-CORES: dict[str, ModuleType] = {"py": _core_py}
+# What each implementation puts into _backend.
+TWINS: dict[str, dict[str, ModuleType | None]] = {
+    "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None}
+}
 if not NO_EXTENSIONS:
-    CORES["c"] = importlib.import_module("fastserve._core")
+    TWINS["c"] = {name: importlib.import_module(f"fastserve._{name}") for name in TWINS["py"]}
 
 
-@pytest.fixture(params=sorted(CORES))
+@pytest.fixture(params=sorted(TWINS))
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test on the C core and on its Python twin."""
     _use(request.param, monkeypatch)
@@ -30,12 +33,12 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
-def core(impl: str) -> ModuleType:
+def core(impl: str) -> ModuleType | None:
     """The core of ``impl``, for tests of the twins' contract."""
-    return CORES[impl]
+    return TWINS[impl]["core"]
 
 
-@pytest.fixture(params=["stdlib", *sorted(CORES)])
+@pytest.fixture(params=["stdlib", *sorted(TWINS)])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """``socketserver``, and ``fastserve`` on each core: one test body for all."""
     if request.param == "stdlib":
@@ -45,5 +48,6 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 
 
 def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "core", CORES[name])
+    for attribute, twin in TWINS[name].items():
+        monkeypatch.setattr(_backend, attribute, twin)
     monkeypatch.setattr(_backend, "implementation", name)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from conftest import CORES
+from conftest import TWINS
 
-PY = CORES["py"]
+PY = TWINS["py"]
 POLLERS = ["EpollPoller", "PollPoller", "SelectPoller"] if PY.HAVE_EPOLL else ["PollPoller", "SelectPoller"]
-needs_c = pytest.mark.skipif("c" not in CORES, reason="no C core to compare with: FASTSERVE_NO_EXTENSIONS is set")
+needs_c = pytest.mark.skipif("c" not in TWINS, reason="no C core to compare with: FASTSERVE_NO_EXTENSIONS is set")
 
 
 def outcome(function: Callable[..., Any], *arguments: Any) -> Any:

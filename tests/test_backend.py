@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 import fastserve
-from conftest import CORES
+from conftest import TWINS
 from fastserve import _backend
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fastserve.__file__).parent
-needs_c = pytest.mark.skipif("c" not in CORES, reason="the extension is not under test: FASTSERVE_NO_EXTENSIONS is set")
+needs_c = pytest.mark.skipif("c" not in TWINS, reason="the extension is not under test: FASTSERVE_NO_EXTENSIONS is set")
 PRINT = "import fastserve; print(fastserve.implementation, fastserve._backend.core.__name__)"
 
 

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CORES
+from conftest import TWINS
 from core_support import POLLERS, PY, descriptor_limit, needs_c, outcome
 from support import open_descriptors
 
@@ -64,21 +64,21 @@ def public(core: ModuleType) -> set[str]:
 
 @needs_c
 def test_both_cores_have_the_same_names() -> None:
-    assert public(CORES["c"]) == public(PY) >= {"HAVE_EPOLL", "Wakeup", "accept", "wait_readable", *POLLERS}
-    assert CORES["c"].HAVE_EPOLL == PY.HAVE_EPOLL
+    assert public(TWINS["c"]["core"]) == public(PY) >= {"HAVE_EPOLL", "Wakeup", "accept", "wait_readable", *POLLERS}
+    assert TWINS["c"]["core"].HAVE_EPOLL == PY.HAVE_EPOLL
 
 
 @needs_c
 @pytest.mark.parametrize("name", [*POLLERS, "Wakeup"])
 def test_both_cores_have_the_same_methods(name: str) -> None:
-    c, py = ({key for key in dir(getattr(core, name)) if not key.startswith("_")} for core in (CORES["c"], PY))
+    c, py = ({key for key in dir(getattr(core, name)) if not key.startswith("_")} for core in (TWINS["c"]["core"], PY))
     assert c == py
 
 
 @needs_c
 @pytest.mark.parametrize("name", ["accept", "wait_readable", *(f"{cls}.{m}" for cls in POLLERS for m in ("wait",))])
 def test_parameters_have_the_same_names(name: str) -> None:
-    c = functools.reduce(getattr, name.split("."), CORES["c"])
+    c = functools.reduce(getattr, name.split("."), TWINS["c"]["core"])
     py = functools.reduce(getattr, name.split("."), PY)
     visible = c.__doc__.splitlines()[0]  # embedsignature writes it there
     # Cython adds the C types, and mypy needs none of the twin's annotations in it.
@@ -122,7 +122,7 @@ def test_pollers_do_the_same_on_both_cores(name: str, steps: list[Any], closed: 
     try:
         names = {"closed": closed, "pipe": reader}
         concrete = [(method, *(names.get(value, value) for value in values)) for method, *values in steps]
-        assert _steps(CORES["c"], name, *concrete) == _steps(PY, name, *concrete)
+        assert _steps(TWINS["c"]["core"], name, *concrete) == _steps(PY, name, *concrete)
     finally:
         os.close(reader)
         os.close(writer)
@@ -133,7 +133,7 @@ def test_pollers_do_the_same_on_both_cores(name: str, steps: list[Any], closed: 
 @pytest.mark.parametrize("method", ["set", "clear", "close", "fileno", "signal_fileno"])
 def test_a_closed_wakeup_does_the_same_on_both_cores(for_signals: bool, method: str) -> None:
     outcomes = []
-    for core in (CORES["c"], PY):
+    for core in (TWINS["c"]["core"], PY):
         wakeup = core.Wakeup(for_signals)
         wakeup.close()
         outcomes.append(outcome(getattr(wakeup, method)))
@@ -144,7 +144,7 @@ def test_a_closed_wakeup_does_the_same_on_both_cores(for_signals: bool, method: 
 @pytest.mark.parametrize("fd", [-1, "closed", 2**31 - 1])
 def test_wait_readable_does_the_same_on_both_cores(fd: int | str, closed: int) -> None:
     number = closed if fd == "closed" else fd
-    assert outcome(CORES["c"].wait_readable, number, 0) == outcome(PY.wait_readable, number, 0)
+    assert outcome(TWINS["c"]["core"].wait_readable, number, 0) == outcome(PY.wait_readable, number, 0)
 
 
 # Pollers
@@ -279,7 +279,7 @@ def test_select_refuses_high_descriptors(core: ModuleType, high: int) -> None:
 @needs_c
 def test_select_refuses_high_descriptors_at_the_same_moment_on_both_cores(high: int) -> None:
     steps = [("register", high), ("wait", 0), ("unregister", high), ("wait", 0)]
-    assert _steps(CORES["c"], "SelectPoller", *steps) == _steps(PY, "SelectPoller", *steps)
+    assert _steps(TWINS["c"]["core"], "SelectPoller", *steps) == _steps(PY, "SelectPoller", *steps)
 
 
 @pytest.mark.parametrize("name", ["EpollPoller", "PollPoller"])
@@ -325,7 +325,7 @@ def test_every_poller_follows_the_model(steps: list[tuple[str, int]]) -> None:
             opened.enter_context(left)
             opened.enter_context(right)
             left.setblocking(False)
-        pollers = [getattr(core, name)() for core in CORES.values() for name in POLLERS]
+        pollers = [getattr(core, name)() for core in TWINS.values() for name in POLLERS]
         for poller in pollers:
             opened.callback(poller.close)
         watched: set[int] = set()

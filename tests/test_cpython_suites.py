@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CORES
+from conftest import TWINS
 
 SCRIPT = Path(__file__).with_name("cpython_suites.py")
 
 # The suites take half a minute a run. How fastserve is put in place and which twin serves are independent of each
 # other: three of the four combinations show both.
 COMBINATIONS = (
-    [("c", "module"), ("c", "patch"), ("py", "module")] if "c" in CORES else [("py", "module"), ("py", "patch")]
+    [("c", "module"), ("c", "patch"), ("py", "module")] if "c" in TWINS else [("py", "module"), ("py", "patch")]
 )
 
 

@@ -1,8 +1,9 @@
-"""The choice between the C core and its Python twin. No other module makes it.
+"""The choice between the C extensions and their Python twins. No other module makes it.
 
-``core`` is the module in use and ``implementation`` its name, ``"c"`` or ``"py"``. The C core is used on CPython
-wherever it was built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twin. An extension
-that is there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twin.
+``core``, ``streams`` and ``datagrams`` are the modules in use, and ``implementation`` is their name, ``"c"`` or
+``"py"``. ``threads`` is ``None`` without the extensions: it has no twin. The extensions are used on CPython wherever
+they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is
+there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal
 
-from fastserve import _core_py
+from fastserve import _core_py, _datagrams_py, _streams_py
 
 EXTENSION: Final = "fastserve._core"
 
@@ -25,20 +26,21 @@ def refused() -> bool:
     return os.environ.get("FASTSERVE_NO_EXTENSIONS", "") not in ("", "0")
 
 
-def _load() -> ModuleType:
-    """Return the core to use. Raises ``ImportError`` if the extension is there but does not load."""
+def _is_built() -> bool:
+    """Return whether the C extensions are to be used. Raises ``ImportError`` if they are there but do not load."""
     if refused() or sys.implementation.name != "cpython":
-        return _core_py
+        return False
     try:
-        return importlib.import_module(EXTENSION)
+        importlib.import_module(EXTENSION)
     except ModuleNotFoundError as error:
         if error.name != EXTENSION:
             raise
-        return _core_py
+        return False
     except ImportError:
         if _in_subinterpreter():
-            return _core_py
+            return False
         raise
+    return True
 
 
 def _in_subinterpreter() -> bool:
@@ -52,11 +54,19 @@ def _in_subinterpreter() -> bool:
     return False
 
 
+threads: ModuleType | None = None
+
 if TYPE_CHECKING:
-    # The twin is the source of the types, so that no stub file can drift.
+    # The twins are the source of the types, so that no stub file can drift.
     core = _core_py
+    streams = _streams_py
+    datagrams = _datagrams_py
+elif _is_built():
+    core, streams, datagrams, threads = (
+        importlib.import_module(f"fastserve.{name}") for name in ("_core", "_streams", "_datagrams", "_threads")
+    )
 else:
-    core = _load()
+    core, streams, datagrams = _core_py, _streams_py, _datagrams_py
 
 implementation: Final[Literal["c", "py"]] = "py" if core is _core_py else "c"
 

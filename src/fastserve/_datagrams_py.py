@@ -1,0 +1,1 @@
+"""The Python twin of the datagrams: the same names as ``_datagrams``, and the source of their types."""
