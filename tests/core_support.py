@@ -11,7 +11,7 @@ import pytest
 
 from conftest import TWINS
 
-PY = TWINS["py"]
+PY = TWINS["py"]["core"]
 POLLERS = ["EpollPoller", "PollPoller", "SelectPoller"] if PY.HAVE_EPOLL else ["PollPoller", "SelectPoller"]
 needs_c = pytest.mark.skipif("c" not in TWINS, reason="no C core to compare with: FASTSERVE_NO_EXTENSIONS is set")
 

@@ -325,7 +325,7 @@ def test_every_poller_follows_the_model(steps: list[tuple[str, int]]) -> None:
             opened.enter_context(left)
             opened.enter_context(right)
             left.setblocking(False)
-        pollers = [getattr(core, name)() for core in TWINS.values() for name in POLLERS]
+        pollers = [getattr(core, name)() for core in (twins["core"] for twins in TWINS.values()) for name in POLLERS]
         for poller in pollers:
             opened.callback(poller.close)
         watched: set[int] = set()

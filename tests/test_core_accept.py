@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from conftest import CORES
+from conftest import TWINS
 from core_support import POLLERS, descriptor_limit, needs_c, outcome
 from support import open_descriptors
 
@@ -174,7 +174,7 @@ def test_accept_in_c_closes_the_connection_when_no_object_can_be_made(listener: 
     with socket.create_connection(listener.getsockname()):
         before = open_descriptors()
         with mock.patch.object(socket.socket, "__init__", side_effect=MemoryError), pytest.raises(MemoryError):
-            CORES["c"].accept(listener)
+            TWINS["c"]["core"].accept(listener)
         assert open_descriptors() == before
 
 
