@@ -41,6 +41,13 @@ class OneShot(socketserver.BaseRequestHandler):
         self.request.sendall(self.request.recv(AT_ONCE))
 
 
+class OneLine(socketserver.StreamRequestHandler):
+    """Send back the first line; the server then closes the connection."""
+
+    def handle(self) -> None:
+        self.wfile.write(self.rfile.readline())
+
+
 class Datagram(socketserver.BaseRequestHandler):
     """Send back a datagram with the server's socket."""
 

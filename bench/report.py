@@ -194,10 +194,39 @@ def setting(result: Mapping[str, Any]) -> str:
     )
 
 
+def peer(row: Row, work: Mapping[str, Any], found: Sequence[Row]) -> str:
+    """Return the name of the server that a server is held against round by round, if there is one.
+
+    For one of fastserve it is the stdlib's of the same worker model, or the reference of the work where the stdlib has
+    no such model; for one that was slowed on purpose it is the same server as it is.
+    """
+    if row.family == "slowed":
+        names = [one.name for one in found if one.family == "fastserve" and one.model == row.model]
+        return next((name for name in names if row.name.startswith(name)), "")
+    if row.family != "fastserve":
+        return ""
+    own = next((one.name for one in found if one.family == "stdlib" and one.model == row.model), None)
+    return own or next((one.name for one in found if one.name == work["reference"]), "")
+
+
+def pairs_text(work: Mapping[str, Any]) -> str:
+    """Return the paired ratios of the CPU time, a line for each pair."""
+    found, series = rows(work), series_of(work)
+    lines = []
+    for row in found:
+        other = peer(row, work, found)
+        if other:
+            lines.append(f"- {row.name} / {other}: {times(series[row.name].ratio(series[other]))}")
+    return "\n".join(["CPU time, paired by rounds:", "", *lines]) if lines else ""
+
+
 def details(result: Mapping[str, Any]) -> str:
-    """Return the tables of all works, one below the other."""
-    parts = [f"#### {work['title']}\n\n{work_table(work)}" for work in result["works"] if work["table"]]
-    return "\n\n".join([*parts, WHAT_IS_MARKED])
+    """Return the tables of all works, one below the other, each with its paired ratios."""
+    parts = []
+    for work in result["works"]:
+        if work["table"]:
+            parts += [f"#### {work['title']}", work_table(work), pairs_text(work)]
+    return "\n\n".join([*filter(None, parts), WHAT_IS_MARKED])
 
 
 def page(result: Mapping[str, Any], charts: Mapping[str, str]) -> str:

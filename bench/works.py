@@ -56,9 +56,20 @@ def lines(pipeline: int, quick: bool = False) -> Work:
 
 def oneshot(clients: int, quick: bool = False) -> Work:
     """Return the work of connections for one exchange each, closed by the server."""
+    title = f"connect, exchange, close, {clients} clients"
+    return Work(f"oneshot-{clients}", title, "oneshot", "OneShot", short_connections(clients), quick)
+
+
+def oneline(clients: int) -> Work:
+    """Return the work of connections for one line each, read and written as files, closed by the server."""
+    title = f"connect, readline and write, close, {clients} clients"
+    return Work(f"oneline-{clients}", title, "oneshot", "OneLine", short_connections(clients))
+
+
+def short_connections(clients: int) -> Load:
+    """Return the load of clients that connect for every request anew."""
     text = payload(SMALL)
-    load = Load(text, answer=SMALL, expected=text, connections=clients, reconnect=True)
-    return Work(f"oneshot-{clients}", f"connect, exchange, close, {clients} clients", "oneshot", "OneShot", load, quick)
+    return Load(text, answer=SMALL, expected=text, connections=clients, reconnect=True)
 
 
 def datagrams(name: str, handler: str, how: str, quick: bool = False) -> Work:
@@ -80,6 +91,7 @@ WORKS = [
     lines(1, quick=True),
     lines(16),
     oneshot(32, quick=True),
+    oneline(32),
     datagrams("udp-sendto", "Datagram", "sendto", quick=True),
     datagrams("udp-wfile", "DatagramFile", "rfile and wfile"),
 ]

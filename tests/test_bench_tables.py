@@ -100,6 +100,21 @@ def test_the_table_of_a_work_tells_figures_errors_marks_and_what_is_missing() ->
     assert {line.replace("\\|", "").count("|") for line in lines} == {8}
 
 
+def test_each_server_of_fastserve_is_paired_with_the_stdlibs_of_its_model_and_a_slowed_one_with_itself() -> None:
+    sync = server("fastserve C sync", "fastserve", [2.0, 2.0, 4.0], "sync")
+    slowed = server("fastserve C sync, accept + 5 µs", "slowed", [3.0, 4.0, 8.0], "sync")
+    own = server("stdlib sync", "stdlib", [4.0, 4.0, 8.0], "sync")
+    pool = server("fastserve C threadpool", "fastserve", [3.0, 6.0, 3.5], "threadpool")
+    text = report.pairs_text(work(STDLIB, RAW, UVLOOP, slowed, sync, own, pool))
+    assert text.splitlines()[2:] == [
+        "- fastserve C sync / stdlib sync: 0.50 (0.50 to 0.50)",
+        "- fastserve C threadpool / stdlib threading: 0.50 (0.50 to 0.50)",
+        "- fastserve C sync, accept + 5 µs / fastserve C sync: 1.82 (1.50 to 2.00)",
+    ]
+    assert report.pairs_text(work(RAW, UVLOOP)) == ""
+    assert text in report.details(result(work(STDLIB, RAW, UVLOOP, slowed, sync, own, pool)))
+
+
 def test_a_table_without_the_limit_and_the_stdlib_has_no_ratios() -> None:
     line = report.work_table(work(UVLOOP)).splitlines()[-1]
     assert line == "| uvloop Protocol | 2.50 | – | – | 1,000 | 50.0 | 0 |"
