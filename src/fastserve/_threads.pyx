@@ -1,2 +1,490 @@
 # cython: language_level=3, embedsignature=True
-"""Threads of the operating system that are used again, each request with a Python thread state of its own."""
+"""Threads of the operating system that are used again, each time with a new Python thread state.
+
+An operating-system thread that has ended a job waits here, in C and without a Python thread state, for the next one
+and ends after a while without any. Every job gets a state of its own, made by ``PyGILState_Ensure`` and destroyed by
+``PyGILState_Release``: no ``threading.local``, context or trace function of one job is ever seen by another. Keeping
+the state and clearing its dictionary would be cheaper and leaks on Python 3.13.
+
+All structures here are guarded by one lock, held for a few instructions and never while waiting for the GIL.
+"""
+
+import sys as _sys
+import threading as _threading
+from os import register_at_fork as _register_at_fork
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdlib cimport calloc, free
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+cdef extern from "Python.h" nogil:
+    ctypedef void *PyThread_type_lock
+    ctypedef enum PyLockStatus:
+        PY_LOCK_FAILURE
+        PY_LOCK_ACQUIRED
+        PY_LOCK_INTR
+    enum:
+        NOWAIT_LOCK
+        WAIT_LOCK
+    const unsigned long PYTHREAD_INVALID_THREAD_ID
+    PyThread_type_lock PyThread_allocate_lock()
+    void PyThread_free_lock(PyThread_type_lock)
+    int PyThread_acquire_lock(PyThread_type_lock, int)
+    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock, long long microseconds, int interruptible)
+    void PyThread_release_lock(PyThread_type_lock)
+    unsigned long PyThread_start_new_thread(void (*)(void *) noexcept nogil, void *)
+    unsigned long PyThread_get_thread_ident()
+    unsigned long PyThread_get_thread_native_id()
+
+cdef enum:
+    IDLE_SECONDS = 10  # after which a thread without a job ends
+    ENDLESS = -1
+
+# From 3.14 on the operating system is told the name of a thread.
+cdef bint HAS_OS_NAME = hasattr(_threading.Thread, "_set_os_name")
+
+# The longest wait of a lock in one call, in seconds; microseconds are counted in 64 bits.
+cdef double MAX_WAIT = 2000000.0
+
+
+cdef struct Completion:
+    # The end of a job: whoever joins it has a reference, and so has the thread that runs it.
+    int references
+    bint done
+    bint daemon
+    unsigned long ident
+    PyThread_type_lock joined  # held until the job is done; made by the first who joins
+    Completion *before  # the list of running jobs
+    Completion *after
+
+
+cdef struct Worker:
+    PyThread_type_lock wakeup  # released for every job, and to end the thread
+    PyObject *job  # a reference, from hand-over until the thread has taken it; NULL to end the thread
+    Completion *completion
+    unsigned long ident
+    unsigned long native_id
+    unsigned long generation
+    bint idle
+    Worker *before  # the list of idle threads, the last to be used first
+    Worker *after
+
+
+cdef PyThread_type_lock guard = PyThread_allocate_lock()
+cdef Worker *idle_workers = NULL
+cdef Completion *running = NULL
+cdef unsigned long generation = 0  # of processes: one more in every forked child
+cdef Py_ssize_t workers = 0
+cdef Py_ssize_t idle_count = 0
+
+if guard == NULL:
+    raise MemoryError()
+
+
+cdef inline void enter() noexcept nogil:
+    PyThread_acquire_lock(guard, WAIT_LOCK)
+
+
+cdef inline void leave() noexcept nogil:
+    PyThread_release_lock(guard)
+
+
+# Completion
+
+
+cdef Completion *new_completion(bint daemon) except NULL:
+    cdef Completion *made = <Completion *>calloc(1, sizeof(Completion))
+    if made == NULL:
+        raise MemoryError()
+    made.references = 1
+    made.daemon = daemon
+    return made
+
+
+cdef void let_go(Completion *completion) noexcept nogil:
+    """Give up a reference."""
+    cdef int left
+    enter()
+    completion.references -= 1
+    left = completion.references
+    leave()
+    if left == 0:
+        if completion.joined != NULL:
+            PyThread_free_lock(completion.joined)
+        free(completion)
+
+
+cdef void begin(Completion *completion, unsigned long ident) noexcept nogil:
+    """Put a job on the list of those that run; the list and the thread are one reference."""
+    global running
+    enter()
+    completion.references += 1
+    completion.ident = ident
+    completion.before = NULL
+    completion.after = running
+    if running != NULL:
+        running.before = completion
+    running = completion
+    leave()
+
+
+cdef void take_off(Completion *completion) noexcept nogil:
+    """Take a job off the list, with the guard held."""
+    global running
+    if completion.before != NULL:
+        completion.before.after = completion.after
+    else:
+        running = completion.after
+    if completion.after != NULL:
+        completion.after.before = completion.before
+    completion.before = completion.after = NULL
+
+
+cdef void finish(Completion *completion) noexcept nogil:
+    """Tell those who join that the job and its thread state are gone."""
+    enter()
+    take_off(completion)
+    completion.done = True
+    if completion.joined != NULL:
+        PyThread_release_lock(completion.joined)
+    leave()
+    let_go(completion)
+
+
+cdef double now() noexcept nogil:
+    cdef timespec moment
+    clock_gettime(CLOCK_MONOTONIC, &moment)
+    return moment.tv_sec + moment.tv_nsec * 1e-9
+
+
+cdef int wait_for(Completion *completion, double seconds) except -1:
+    """Wait for the end of a job, at most so many seconds (below zero: endless). Signal handlers run meanwhile."""
+    cdef double until = now() + seconds
+    cdef double left
+    cdef PyLockStatus status
+    enter()
+    if completion.joined == NULL and not completion.done:
+        completion.joined = PyThread_allocate_lock()
+        if completion.joined == NULL:
+            leave()
+            raise MemoryError()
+        PyThread_acquire_lock(completion.joined, NOWAIT_LOCK)
+    leave()
+    while not completion.done:
+        left = MAX_WAIT if seconds < 0 else min(max(until - now(), 0.0), MAX_WAIT)
+        with nogil:
+            status = PyThread_acquire_lock_timed(completion.joined, <long long>(left * 1e6), 1)
+            if status == PY_LOCK_ACQUIRED:
+                PyThread_release_lock(completion.joined)  # for the next who joins
+        if status == PY_LOCK_INTR:
+            PyErr_CheckSignals()
+        elif status == PY_LOCK_FAILURE and seconds >= 0 and now() >= until:
+            break
+    return 0
+
+
+# Workers
+
+
+cdef void run(Worker *worker) noexcept with gil:
+    """Run the job of a thread, in a new Python thread state that ends with this call."""
+    cdef Job job = <Job>worker.job
+    Py_DECREF(job)
+    worker.job = NULL
+    job.native_id_ = worker.native_id
+    job.bootstrap()
+    job = None
+
+
+cdef bint next_job(Worker *worker) noexcept nogil:
+    """Wait for the next job; return whether there is one, or the thread is to end."""
+    global idle_workers, idle_count
+    enter()
+    if worker.generation != generation:
+        leave()
+        return False  # in a forked child: its only thread ends with its job, as any other thread does
+    worker.idle = True
+    worker.before = NULL
+    worker.after = idle_workers
+    if idle_workers != NULL:
+        idle_workers.before = worker
+    idle_workers = worker
+    idle_count += 1
+    leave()
+    if PyThread_acquire_lock_timed(worker.wakeup, <long long>IDLE_SECONDS * 1000000, 0) != PY_LOCK_ACQUIRED:
+        enter()
+        if worker.idle:
+            take_idle(worker)
+            leave()
+            return False
+        leave()
+        PyThread_acquire_lock(worker.wakeup, WAIT_LOCK)  # it was chosen at the last moment
+    return worker.job != NULL
+
+
+cdef void take_idle(Worker *worker) noexcept nogil:
+    """Take a thread off the list of the idle, with the guard held."""
+    global idle_workers, idle_count
+    worker.idle = False
+    idle_count -= 1
+    if worker.before != NULL:
+        worker.before.after = worker.after
+    else:
+        idle_workers = worker.after
+    if worker.after != NULL:
+        worker.after.before = worker.before
+    worker.before = worker.after = NULL
+
+
+cdef void main(void *argument) noexcept nogil:
+    """The whole life of a thread."""
+    global workers
+    cdef Worker *worker = <Worker *>argument
+    cdef Completion *completion
+    worker.native_id = PyThread_get_thread_native_id()
+    while True:
+        completion = worker.completion
+        run(worker)
+        finish(completion)
+        if not next_job(worker):
+            break
+    enter()
+    if worker.generation == generation:
+        workers -= 1
+    leave()
+    PyThread_free_lock(worker.wakeup)
+    free(worker)
+
+
+cdef Worker *pop_idle() noexcept nogil:
+    cdef Worker *worker
+    enter()
+    worker = idle_workers
+    if worker != NULL:
+        take_idle(worker)
+    leave()
+    return worker
+
+
+cdef Worker *new_worker() except NULL:
+    cdef Worker *worker = <Worker *>calloc(1, sizeof(Worker))
+    if worker == NULL:
+        raise MemoryError()
+    worker.wakeup = PyThread_allocate_lock()
+    if worker.wakeup == NULL:
+        free(worker)
+        raise MemoryError()
+    PyThread_acquire_lock(worker.wakeup, NOWAIT_LOCK)
+    worker.generation = generation
+    return worker
+
+
+cdef class Job:
+    """What a ``threading.Thread`` is to a request in a thread that is used again: a base class for one.
+
+    :param target: called without keyword arguments.
+    :param args: its arguments.
+    :param daemon: whether the interpreter does not wait for it at its end.
+    """
+
+    cdef Completion *completion
+    cdef object target, args, name_, target_name
+    cdef object native_id_
+    cdef bint started
+    cdef public object _ident
+    cdef public bint _daemonic
+
+    def __cinit__(self, target, tuple args not None, bint daemon):
+        self.completion = new_completion(daemon)
+        self.target = target
+        self.args = args
+        self._daemonic = daemon
+        self.name_ = _threading._counter()
+        self.target_name = getattr(target, "__name__", None)
+
+    def __init__(self, target, args, daemon):
+        pass  # not the constructor of Thread, which costs several times as much
+
+    def __dealloc__(self):
+        if self.completion != NULL:
+            let_go(self.completion)
+
+    @property
+    def _name(self):
+        if type(self.name_) is int:
+            name = f"Thread-{self.name_}"
+            self.name_ = name if self.target_name is None else f"{name} ({self.target_name})"
+        return self.name_
+
+    @_name.setter
+    def _name(self, name):
+        self.name_ = name
+
+    @property
+    def _native_id(self):
+        return self.native_id_
+
+    @property
+    def _is_stopped(self):
+        return self.completion.done
+
+    def start(self):
+        """Hand the job to an idle thread, or to a new one.
+
+        :raises RuntimeError: if it was started before, or if no thread can be started.
+        """
+        cdef Worker *worker
+        if self.started:
+            raise RuntimeError("threads can only be started once")
+        worker = pop_idle()
+        if worker == NULL:
+            self.start_new()
+            return
+        try:
+            self.native_id_ = worker.native_id
+            self._ident = worker.ident
+            _threading._active[self._ident] = self
+        except BaseException:
+            PyThread_release_lock(worker.wakeup)  # without a job it ends
+            raise
+        self.started = True
+        begin(self.completion, worker.ident)
+        Py_INCREF(self)
+        worker.job = <PyObject *>self
+        worker.completion = self.completion
+        PyThread_release_lock(worker.wakeup)
+
+    cdef int start_new(self) except -1:
+        global workers
+        cdef Worker *worker = new_worker()
+        cdef unsigned long ident
+        Py_INCREF(self)
+        worker.job = <PyObject *>self
+        worker.completion = self.completion
+        begin(self.completion, 0)
+        ident = PyThread_start_new_thread(main, worker)
+        if ident == PYTHREAD_INVALID_THREAD_ID:
+            enter()
+            take_off(self.completion)
+            leave()
+            let_go(self.completion)
+            Py_DECREF(self)
+            PyThread_free_lock(worker.wakeup)
+            free(worker)
+            raise RuntimeError("can't start new thread")
+        # The new thread waits for the GIL before it does anything that the user could see.
+        enter()
+        workers += 1
+        self.completion.ident = worker.ident = ident
+        leave()
+        self.started = True
+        self._ident = ident
+        _threading._active[ident] = self
+        return 0
+
+    cdef int bootstrap(self) except? -1:
+        """Run the job as ``Thread._bootstrap_inner`` does. Nothing is raised."""
+        cdef object ident = self._ident
+        try:
+            try:
+                if HAS_OS_NAME:
+                    self._set_os_name()
+                if _threading._trace_hook:
+                    _sys.settrace(_threading._trace_hook)
+                if _threading._profile_hook:
+                    _sys.setprofile(_threading._profile_hook)
+                self.target(*self.args)
+            except:  # noqa: E722 - all of them, as Thread does
+                _threading._make_invoke_excepthook()(self)
+        finally:
+            self.target = self.args = None
+            _threading._active.pop(ident, None)
+        return 0
+
+    def is_alive(self):
+        """Return whether the job was started and has not ended."""
+        return self.started and not self.completion.done
+
+    def join(self, timeout=None):
+        """Wait until the job has ended, at most ``timeout`` seconds (``None``: endless).
+
+        :raises RuntimeError: in the thread of the job itself, and before it was started.
+        """
+        if not self.started:
+            raise RuntimeError("cannot join thread before it is started")
+        if self is _threading.current_thread():
+            raise RuntimeError("cannot join current thread")
+        wait_for(self.completion, ENDLESS if timeout is None else max(<double>timeout, 0.0))
+
+    def mark_stopped(self):
+        """Have it count as ended: in a forked child, where its thread does not exist."""
+        self.completion.done = True
+
+
+def end_idle():
+    """End the threads that have no job. They may take a moment for it."""
+    cdef Worker *worker = pop_idle()
+    while worker != NULL:
+        PyThread_release_lock(worker.wakeup)
+        worker = pop_idle()
+
+
+def join_all():
+    """Wait for all running jobs that are no daemons, but for one of the calling thread."""
+    cdef unsigned long me = PyThread_get_thread_ident()
+    cdef Completion *found
+    while True:
+        enter()
+        found = running
+        while found != NULL and (found.daemon or found.ident == me):
+            found = found.after
+        if found != NULL:
+            found.references += 1
+        leave()
+        if found == NULL:
+            return
+        try:
+            wait_for(found, ENDLESS)
+        finally:
+            let_go(found)
+
+
+def counts():
+    """Return how many threads there are, and how many of them are idle."""
+    return workers, idle_count
+
+
+def _before_fork():
+    enter()
+
+
+def _after_fork_in_parent():
+    leave()
+
+
+def _after_fork_in_child():
+    # Of all threads only the calling one exists. What belonged to the others stays allocated: nobody is left to free
+    # it. Those who join see that the jobs have ended, as threading.Thread has it.
+    global guard, idle_workers, running, generation, workers, idle_count
+    cdef unsigned long me = PyThread_get_thread_ident()
+    cdef PyThread_type_lock fresh = PyThread_allocate_lock()
+    cdef Completion *each = running
+    cdef Completion *following
+    if fresh == NULL:
+        raise MemoryError()
+    guard = fresh
+    generation += 1
+    idle_workers = running = NULL
+    workers = idle_count = 0
+    while each != NULL:
+        following = each.after
+        each.before = each.after = NULL
+        if each.ident == me:
+            running = each
+        else:
+            each.done = True
+        each = following
+
+
+_register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

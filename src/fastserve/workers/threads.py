@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
-from typing import Any
+from typing import Any, Final
 
 from fastserve.server import TCPServer, UDPServer
+from fastserve.workers import _reuse
 from fastserve.workers._past import past
 
 _std: Any = socketserver  # see server.py
@@ -16,14 +17,28 @@ _STDLIB_THREADS: Any = _std._Threads
 _NoThreads: Any = _std._NoThreads
 
 
+_FEW: Final = 16  # ended threads that are kept at most, beside as many as run
+
+
 class _Threads(_STDLIB_THREADS):  # type: ignore[misc]
     """The threads of a server that are no daemons, for ``server_close()`` to join; ``len()`` counts them."""
 
+    # How many there may be until those that have ended are looked for: twice what was left the last time, so that the
+    # cost for each request does not grow with their number.
+    _reap_at = 0
+
     def append(self, thread: threading.Thread) -> None:
-        """Add a thread, unless it is a daemon, and forget those that have ended."""
-        self.reap()
+        """Add a thread, unless it is a daemon. Those that have ended are forgotten from time to time."""
         if not thread.daemon:
+            if list.__len__(self) >= self._reap_at:
+                self.reap()
+                self._reap_at = 2 * list.__len__(self) + _FEW
             list.append(self, thread)
+
+    def __len__(self) -> int:
+        """Return how many threads run."""
+        self.reap()
+        return list.__len__(self)
 
     def pop_all(self) -> list[threading.Thread]:
         """Remove and return all threads."""
@@ -49,11 +64,15 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         ``False`` by default.
     :cvar block_on_close: whether :meth:`server_close` waits for the threads that are no daemons; ``True`` by
         default.
+    :cvar reuse_threads: whether an operating-system thread may handle one request after the other; ``True`` by
+        default. ``threading`` shows a new thread for each request in any case.
     """
 
     daemon_threads = False
 
     block_on_close = True
+
+    reuse_threads = True
 
     _threads = _NoThreads()
 
@@ -67,22 +86,34 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
             self.shutdown_request(request)  # type: ignore[attr-defined]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request. The loop's thread calls it.
+        """Have a thread handle the request. The loop's thread calls it.
+
+        An operating-system thread that has ended its request waits for the next one for a while. Where there is none,
+        or where it is not allowed (:attr:`reuse_threads`) or not possible (without the C extensions, under gevent, in
+        a debugger), a new one is started.
 
         :raises RuntimeError: if no thread can be started; the loop then gives it to ``handle_error`` and closes
             the request.
         """
         if self.block_on_close:
             vars(self).setdefault("_threads", _Threads())
-        thread = _std.threading.Thread(target=self.process_request_thread, args=(request, client_address))
-        thread.daemon = self.daemon_threads
+        thread: threading.Thread
+        # On a class of the stdlib, under patch(), there is no attribute of that name.
+        if getattr(self, "reuse_threads", True) and _reuse.is_possible():
+            thread = _reuse.RequestThread(
+                self.process_request_thread, (request, client_address), bool(self.daemon_threads)
+            )
+        else:
+            thread = _std.threading.Thread(target=self.process_request_thread, args=(request, client_address))
+            thread.daemon = self.daemon_threads
         self._threads.append(thread)
         thread.start()
 
     def server_close(self) -> None:
-        """Close the server, and wait for the threads if :attr:`block_on_close` says so."""
+        """Close the server, and wait for the threads if :attr:`block_on_close` says so. Idle threads end."""
         past(__class__, socketserver.ThreadingMixIn, self).server_close()  # type: ignore[name-defined]
         self._threads.join()
+        _reuse.end_idle_threads()
 
 
 class ThreadingTCPServer(ThreadingMixIn, TCPServer, socketserver.ThreadingTCPServer):
