@@ -21,7 +21,12 @@ def extensions() -> list[Extension]:
     # Imported here so that the pure-Python build does not need Cython.
     from Cython.Build import cythonize
 
-    headers = ["src/fastserve/_compat.h", "src/fastserve/_load.h", "src/fastserve/_syscalls.pxd"]
+    headers = [
+        "src/fastserve/_compat.h",
+        "src/fastserve/_load.h",
+        "src/fastserve/_stacks.h",
+        "src/fastserve/_syscalls.pxd",
+    ]
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]
     names = ["_core", "_streams", "_datagrams", "_threads"]

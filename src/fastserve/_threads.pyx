@@ -34,11 +34,14 @@ cdef extern from "Python.h" nogil:
     PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock, long long microseconds, int interruptible)
     void PyThread_release_lock(PyThread_type_lock)
     unsigned long PyThread_start_new_thread(void (*)(void *) noexcept nogil, void *)
+    size_t PyThread_get_stacksize()
     unsigned long PyThread_get_thread_ident()
     unsigned long PyThread_get_thread_native_id()
 
+cdef extern from "_stacks.h":
+    void fs_keep_stacks()
+
 cdef enum:
-    IDLE_SECONDS = 10  # after which a thread without a job ends
     ENDLESS = -1
 
 # From 3.14 on the operating system is told the name of a thread.
@@ -66,6 +69,7 @@ cdef struct Worker:
     unsigned long ident
     unsigned long native_id
     unsigned long generation
+    size_t stack_size
     bint idle
     Worker *before  # the list of idle threads, the last to be used first
     Worker *after
@@ -75,6 +79,8 @@ cdef PyThread_type_lock guard = PyThread_allocate_lock()
 cdef Worker *idle_workers = NULL
 cdef Completion *running = NULL
 cdef unsigned long generation = 0  # of processes: one more in every forked child
+cdef double idle_seconds = 10.0  # after which a thread without a job ends
+cdef size_t stack_size = 0  # what threading.stack_size() said when the last thread was started
 cdef Py_ssize_t workers = 0
 cdef Py_ssize_t idle_count = 0
 
@@ -192,7 +198,7 @@ cdef void run(Worker *worker) noexcept with gil:
     cdef Job job = <Job>worker.job
     Py_DECREF(job)
     worker.job = NULL
-    job.native_id_ = worker.native_id
+    job._native_id = worker.native_id
     job.bootstrap()
     job = None
 
@@ -201,9 +207,10 @@ cdef bint next_job(Worker *worker) noexcept nogil:
     """Wait for the next job; return whether there is one, or the thread is to end."""
     global idle_workers, idle_count
     enter()
-    if worker.generation != generation:
+    # In a forked child its only thread ends with its job, as any other thread does.
+    if worker.generation != generation or worker.stack_size != stack_size:
         leave()
-        return False  # in a forked child: its only thread ends with its job, as any other thread does
+        return False
     worker.idle = True
     worker.before = NULL
     worker.after = idle_workers
@@ -212,7 +219,7 @@ cdef bint next_job(Worker *worker) noexcept nogil:
     idle_workers = worker
     idle_count += 1
     leave()
-    if PyThread_acquire_lock_timed(worker.wakeup, <long long>IDLE_SECONDS * 1000000, 0) != PY_LOCK_ACQUIRED:
+    if PyThread_acquire_lock_timed(worker.wakeup, <long long>(idle_seconds * 1e6), 0) != PY_LOCK_ACQUIRED:
         enter()
         if worker.idle:
             take_idle(worker)
@@ -277,7 +284,20 @@ cdef Worker *new_worker() except NULL:
         raise MemoryError()
     PyThread_acquire_lock(worker.wakeup, NOWAIT_LOCK)
     worker.generation = generation
+    worker.stack_size = stack_size
     return worker
+
+
+cdef int notice_stack_size() except -1:
+    """Have no job run in a thread whose stack is of another size than threads have that are started now."""
+    global stack_size
+    cdef size_t wanted = PyThread_get_stacksize()  # _thread.stack_size() sets it, to zero
+    if wanted != stack_size:
+        enter()
+        stack_size = wanted
+        leave()
+        end_idle()
+    return 0
 
 
 cdef class Job:
@@ -290,9 +310,8 @@ cdef class Job:
 
     cdef Completion *completion
     cdef object target, args, name_, target_name
-    cdef object native_id_
     cdef bint started
-    cdef public object _ident
+    cdef public object _ident, _native_id
     cdef public bint _daemonic
 
     def __cinit__(self, target, tuple args not None, bint daemon):
@@ -322,10 +341,6 @@ cdef class Job:
         self.name_ = name
 
     @property
-    def _native_id(self):
-        return self.native_id_
-
-    @property
     def _is_stopped(self):
         return self.completion.done
 
@@ -337,12 +352,13 @@ cdef class Job:
         cdef Worker *worker
         if self.started:
             raise RuntimeError("threads can only be started once")
+        notice_stack_size()
         worker = pop_idle()
         if worker == NULL:
             self.start_new()
             return
         try:
-            self.native_id_ = worker.native_id
+            self._native_id = worker.native_id
             self._ident = worker.ident
             _threading._active[self._ident] = self
         except BaseException:
@@ -353,7 +369,9 @@ cdef class Job:
         Py_INCREF(self)
         worker.job = <PyObject *>self
         worker.completion = self.completion
-        PyThread_release_lock(worker.wakeup)
+        # The kernel may switch to a thread that is woken, and this one would find the GIL held.
+        with nogil:
+            PyThread_release_lock(worker.wakeup)
 
     cdef int start_new(self) except -1:
         global workers
@@ -450,6 +468,13 @@ def join_all():
             let_go(found)
 
 
+def set_idle_seconds(double seconds):
+    """Have threads end that were without a job for so long. Return how long it was."""
+    global idle_seconds
+    before, idle_seconds = idle_seconds, seconds
+    return before
+
+
 def counts():
     """Return how many threads there are, and how many of them are idle."""
     return workers, idle_count
@@ -488,3 +513,4 @@ def _after_fork_in_child():
 
 
 _register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+fs_keep_stacks()

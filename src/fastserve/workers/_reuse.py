@@ -36,11 +36,13 @@ def _is_usable() -> bool:
     )
 
 
+RequestThread: Any = None
+
 if _is_usable():
     assert _backend.threads is not None
     _Job: Any = _backend.threads.Job
 
-    class RequestThread(_Job, threading.Thread):  # type: ignore[misc]
+    class _RequestThread(_Job, threading.Thread):  # type: ignore[misc]
         """The ``threading.Thread`` of one request.
 
         Its constructor does not call that of ``Thread``. What this would set for each object is in ``Job``, or set here
@@ -62,7 +64,7 @@ if _is_usable():
 
         def __repr__(self) -> str:
             status = ("started" if self.is_alive() else "stopped") + (" daemon" if self._daemonic else "")
-            return f"<{type(self).__name__}({self._name}, {status} {self._ident})>"
+            return f"<Thread({self._name}, {status} {self._ident})>"
 
         # The child of a fork has one thread, the one that forked. It becomes the main thread there, and threading waits
         # for what it has of the main thread when the child ends.
@@ -84,8 +86,7 @@ if _is_usable():
                 self._ident = new_ident
                 self._handle = _threading._make_thread_handle(new_ident)
 
-else:
-    RequestThread = None  # type: ignore[misc,assignment]
+    RequestThread = _RequestThread
 
 
 _is_exiting = False
