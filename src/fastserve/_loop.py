@@ -54,8 +54,8 @@ class Backoff:
 class Loop:
     """The wait of one ``serve_forever``: for a listener, a wake-up, signals and forked children.
 
-    The thread that makes it is its owner and calls its methods; any thread may call :meth:`wake` and
-    :meth:`retry`, and so may a signal handler.
+    The thread that makes it is its owner and calls its methods; any thread may call :meth:`wake`,
+    :meth:`retry` and :meth:`resume`, and so may a signal handler.
     """
 
     _poller: pollers.Poller
@@ -77,6 +77,9 @@ class Loop:
         self._backoff = Backoff()
         self._resume_at: float | None = None  # time.monotonic(); the listener is not watched until then
         self._retry = False  # set by any thread: end the pause now
+        # Whether no request is to be taken before resume(). Who takes several in a turn asks before each of them.
+        self.held = False
+        self._resumed = False  # set by any thread: it is to be held no longer
         self._trying = False  # whether accept is being tried for the first time after a pause
 
     def open(self) -> None:
@@ -125,6 +128,9 @@ class Loop:
         """
         if self.stale:
             self._start_afresh()
+        if self.held:
+            self._wait_held(timeout)
+            return False
         if self._backoff.pause:
             return self._wait_in_episode(timeout)
         ready = self._poller.wait(timeout)
@@ -143,6 +149,34 @@ class Loop:
             return self.wait(timeout)
         self._trying = self._look_at(self._poller.wait(timeout))
         return self._trying
+
+    def hold(self) -> None:
+        """Take no request until :meth:`resume`: leave the listener alone, and what comes in the kernel's backlog."""
+        if not self.held:
+            self._resumed = False
+            self.held = True
+            if self._is_open and not self.stale:
+                self._poller.unregister(self._listener)
+
+    def resume(self) -> None:
+        """End what :meth:`hold` began. Any thread may call it; without a hold it does nothing."""
+        self._resumed = True
+        if self.held:
+            self.wake()
+
+    def _wait_held(self, timeout: float | None) -> None:
+        """Wait without the listener, unless the hold is over; watch it again when it is."""
+        if not self._resumed:
+            self._look_at(self._poller.wait(timeout))
+        if self._resumed:
+            self.held = False
+            if self._resume_at is None:  # else accept fails, and the listener is left alone for that reason too
+                self._watch_listener()
+
+    def _watch_listener(self) -> None:
+        """Watch the listener again, unless it was closed meanwhile: nothing will come then."""
+        if self._server.fileno() == self._listener:
+            self._poller.register(self._listener)
 
     def _look_at(self, ready: list[int]) -> bool:
         """Take note of what is ready beside the listener; return whether the listener is."""
@@ -163,6 +197,7 @@ class Loop:
             os.close(pidfd)
         self._children.clear()
         self._resume_at = None
+        self.held = False
         self.stale = False
         self.owner = threading.get_ident()
         self.open()
@@ -195,8 +230,7 @@ class Loop:
         if self._retry or time.monotonic() >= self._resume_at:
             self._resume_at = None
             paused.discard(self)
-            if self._server.fileno() == self._listener:  # else it was closed meanwhile: nothing will come
-                self._poller.register(self._listener)
+            self._watch_listener()
 
     def retry(self) -> None:
         """End a pause at once, because a descriptor has become free."""
@@ -244,6 +278,7 @@ class SelectorLoop:
     """
 
     ticks = True
+    held = False  # a worker model that takes no more makes the loop's thread wait for it
 
     def __init__(self, server: Any, selector_class: Callable[[], selectors.BaseSelector]) -> None:
         self.owner = threading.get_ident()
