@@ -15,7 +15,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Final
 
 from fastserve import _backend, _core_py, pollers
@@ -72,7 +72,8 @@ class Loop:
         self._is_open = False
         self._server = server
         self._listener = -1
-        self._children: set[int] = set()  # pidfds
+        self._children: dict[int, int] = {}  # the process ids of watched children, by pidfd
+        self._ended: set[int] = set()  # those that have ended since somebody asked
         self._holds_signals = False
         self._backoff = Backoff()
         self._resume_at: float | None = None  # time.monotonic(); the listener is not watched until then
@@ -184,7 +185,7 @@ class Loop:
             if fd == self._wakeup.fileno():
                 self._wakeup.clear()
             elif fd in self._children:
-                self._children.discard(fd)
+                self._ended.add(self._children.pop(fd))
                 self._poller.unregister(fd)
                 os.close(fd)
         return self._listener in ready
@@ -245,12 +246,21 @@ class Loop:
             pidfd = os.pidfd_open(pid)
         except OSError:
             return  # no descriptor left, or an old kernel: watches() tells that one child is not watched
-        self._children.add(pidfd)
+        self._children[pidfd] = pid
         self._poller.register(pidfd)
 
-    def watches(self, children: int) -> bool:
-        """Return whether the end of every one of so many children ends the wait."""
-        return len(self._children) >= children
+    def watches(self, children: Set[int]) -> bool:
+        """Return whether the end of each of these child processes ends the wait."""
+        return children <= set(self._children.values())
+
+    def ended_children(self, children: Set[int]) -> Set[int]:
+        """Return those of the child processes that have ended, or may have: those that are not watched too."""
+        if self.stale or not self._is_open:
+            return children
+        self._look_at(self._poller.wait(0))
+        ended, self._ended = self._ended, set()
+        # One that was found ended before, and was not collected then, is watched no longer.
+        return ended & children if self.watches(children - ended) else children
 
     def close(self) -> None:
         """Release the descriptors and let go of the signals. Calling it again, or unopened, does nothing."""
@@ -313,9 +323,13 @@ class SelectorLoop:
     def watch_child(self, pid: int) -> None:
         """Do nothing: children are looked for at every tick."""
 
-    def watches(self, children: int) -> bool:
+    def watches(self, children: Set[int]) -> bool:
         """Return ``False``: no child ends the wait."""
         return False
+
+    def ended_children(self, children: Set[int]) -> Set[int]:
+        """Return ``children``: each of them may have ended."""
+        return children
 
     def close(self) -> None:
         """Close the selector, if it was opened."""
@@ -361,13 +375,12 @@ def idle_timeout(server: Any, loop: Loop | SelectorLoop, poll_interval: float) -
 
 
 def _after_fork_in_child() -> None:
-    # The child inherits the wake-up of Python's signals: a signal to the child would wake its parent.
-    if any(loop._holds_signals for loop in _loops):
-        for loop in _loops:
-            loop._holds_signals = False
-        signal.set_wakeup_fd(-1)
     for loop in _loops:
         loop.stale = True
+        # The child inherits the wake-up of Python's signals: a signal to the child would wake its parent.
+        if loop._holds_signals:
+            loop._holds_signals = False
+            signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, "register_at_fork"):

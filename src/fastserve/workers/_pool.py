@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import socket
@@ -60,6 +61,7 @@ class Pool:
         with _lock:
             _pools.add(self)
             self._ending = _exiting
+        _register_at_fork()
 
     def _begin(self) -> None:
         # By the names of the modules, at this time: gevent may have put its own there.
@@ -273,5 +275,8 @@ def _after_fork_in_child() -> None:
         pool.after_fork_in_child()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+@functools.cache
+def _register_at_fork() -> None:
+    """Be called after a fork from now on. It costs a forking server something, and not where there is no pool."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
