@@ -446,6 +446,7 @@ def started(moment: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         (["nope.py:Lines"], "cannot import 'nope.py'"),
         (["nope:Lines"], "No module named 'nope'"),
         (["handlers:Lines", "--worker", "nope"], "invalid choice: 'nope'"),
+        (["handlers:Lines", "--max-workers", "2"], "--worker threadpool"),
         (["handlers:Lines", "--send", ""], "nothing to send"),
         (["handlers:Lines", "--send", "@nope"], "cannot read 'nope': No such file"),
         (["handlers:Lines", "--send", r"\q"], r"'\\q' is none of \n \r \t \0 \xHH \\"),

@@ -27,7 +27,12 @@ from support import wait_until
 MODULE = [sys.executable, "-m", "fastserve"]
 SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 
-WORKERS = ["sync", "threads", pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork"))]
+WORKERS = [
+    "sync",
+    "threads",
+    "threadpool",
+    pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")),
+]
 
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
 needs_interrupts = pytest.mark.skipif(
@@ -210,6 +215,8 @@ def test_version() -> None:
         ("serve handlers:Lines more", "fastserve serve", "more"),
         ("serve handlers:Lines --nope", "fastserve serve", "--nope"),
         ("serve handlers:Lines --worker nope", "fastserve serve", "'nope'"),
+        ("serve handlers:Lines --max-workers 2", "fastserve serve", "--worker threadpool"),
+        ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),

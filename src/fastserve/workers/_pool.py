@@ -245,7 +245,7 @@ def _report() -> None:
     try:
         threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
     except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
