@@ -36,6 +36,10 @@ class Server(module.ThreadPoolTCPServer):  # type: ignore[misc]
         self.taken += 1
         return super().get_request()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        sys.stdout.write("refused\n")
+        sys.stdout.flush()
+
 
 server = Server(("127.0.0.1", 0), Slow)
 thread = threading.Thread(target=server.serve_forever, daemon=scenario != "serving")
