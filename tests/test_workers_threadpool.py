@@ -370,9 +370,9 @@ def test_a_server_that_nobody_closes_leaves_no_thread(impl: str) -> None:
     thread.join(10)
     server.socket.close()
     assert workers_of("Server")
-    pool = server._fastserve_pool
-    wait_until(lambda: not pool._under_way)
-    del server, thread, pool
+    under_way = server._fastserve_pool._under_way
+    wait_until(lambda: not under_way)
+    del server, thread
     gc.collect()
     wait_until(lambda: not workers_of("Server"))
 
@@ -625,7 +625,7 @@ def test_at_the_end_of_the_interpreter_requests_are_completed_and_idle_threads_a
 ) -> None:
     output = run_isolated("pool_exit", impl, scenario, seconds=20)
     if scenario == "serving" and sys.version_info[:2] == (3, 12):
-        # That Python starts no thread any more when it ends (CPython gh-104690): the last request is reported and closed.
+        # That Python starts no thread any more at its end (CPython gh-104690): the last request is reported and closed.
         assert output == "done\n" * 4 + "refused\n"
     else:
         assert output == {"idle": "", "queued": "done\n" * 4, "daemon": "", "serving": "done\n" * 5}[scenario]
