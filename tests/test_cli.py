@@ -70,6 +70,10 @@ class Options(fastserve.BaseRequestHandler):
         names = "request_queue_size", "allow_reuse_address"
         self.request.sendall(repr([getattr(self.server, name) for name in names]).encode())
 
+class Workers(fastserve.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(repr(self.server.max_workers).encode())
+
 not_callable = 3
 """
 
@@ -113,7 +117,7 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     """Read the line that tells the address, from the pipe that is the server's standard output."""
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|fork)\); Ctrl-C stops\n", line)
+    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork)\); Ctrl-C stops\n", line)
     assert found, (line, server.stderr.read() if not line else "")
     return found[1]
 
@@ -586,6 +590,13 @@ def test_the_printed_address_can_be_given_again_at_once(here: Path) -> None:
                 assert client.recv(100) == b"from a function"
                 assert client.recv(100) == b""  # closed by the server, whose end stays in TIME-WAIT
             stop(server)
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], b"None"), (["--max-workers", "3"], b"3")])
+def test_max_workers_is_that_of_the_pool(here: Path, options: list[str], expected: bytes) -> None:
+    arguments = ["handlers:Workers", "--bind", "127.0.0.1:0", "--worker", "threadpool", *options]
+    with started("serve", *arguments) as server, connect(address_of(server)) as client:
+        assert client.recv(100) == expected
 
 
 @pytest.mark.parametrize("worker", WORKERS)

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from fastserve._loop import Loop
 
@@ -58,10 +58,10 @@ class Pool:
         self._name = name
         self._ending = False
         self._begin()
+        _register_hooks()
         with _lock:
             _pools.add(self)
             self._ending = _exiting
-        _register_at_fork()
 
     def _begin(self) -> None:
         # By the names of the modules, at this time: gevent may have put its own there.
@@ -206,8 +206,7 @@ class Pool:
 
     def join(self) -> None:
         """Wait for the workers that are no daemons, after :meth:`end`. A worker that calls it does not wait."""
-        with self._lock:
-            threads = list(self._threads)
+        threads = self._threads.copy()
         if _std.threading.current_thread() in threads:
             return
         for thread in threads:
@@ -249,7 +248,7 @@ def _report() -> None:
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-_lock: Final = threading.Lock()  # guards both
+_lock = threading.Lock()  # guards both
 _exiting = False
 
 
@@ -263,20 +262,21 @@ def _before_exit() -> None:
         pool.end()
 
 
-# It is called before the interpreter waits for the threads that are no daemons; atexit is too late.
-# concurrent.futures does the same.
-threading._register_atexit(_before_exit)  # type: ignore[attr-defined]
-
-
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()  # type: ignore[misc]
+    _lock = threading.Lock()
     for pool in list(_pools):
         pool.after_fork_in_child()
 
 
 @functools.cache
-def _register_at_fork() -> None:
-    """Be called after a fork from now on. It costs a forking server something, and not where there is no pool."""
+def _register_hooks() -> None:
+    """Be called at the end of the interpreter and after a fork: from the first pool on, as a hook costs each fork."""
+    try:
+        # It is called before the interpreter waits for the threads that are no daemons; atexit is too late.
+        # concurrent.futures does the same.
+        threading._register_atexit(_before_exit)  # type: ignore[attr-defined]
+    except RuntimeError:
+        _before_exit()  # the interpreter is ending already
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork_in_child)
