@@ -226,7 +226,8 @@ class Loop:
     def _pause(self, timeout: float | None) -> None:
         """Wait without the listener, and watch it again when the pause is over."""
         assert self._resume_at is not None
-        left = max(self._resume_at - time.monotonic(), 0.0)
+        # The wake-up of a retry may have been seen already, by ended_children().
+        left = 0.0 if self._retry else max(self._resume_at - time.monotonic(), 0.0)
         self._look_at(self._poller.wait(left if timeout is None else min(left, timeout)))
         if self._retry or time.monotonic() >= self._resume_at:
             self._resume_at = None
