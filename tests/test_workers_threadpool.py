@@ -219,7 +219,7 @@ def test_a_hold_and_a_pause_for_want_of_descriptors_compose(impl: str) -> None:
         _loop.paused.add(loop)
         server.gate.set()
         assert all(answers(clients))
-        assert not loop.held and loop not in _loop.paused
+        wait_until(lambda: not loop.held and loop not in _loop.paused)
 
 
 def test_with_a_replaced_selector_the_loop_waits_for_a_place(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
