@@ -260,6 +260,7 @@ def test_shutdown_ends_the_wait_of_a_loop_that_is_not_ours(impl: str, monkeypatc
 
 def test_two_loops_of_one_server_share_its_limits(impl: str) -> None:
     server = Server()
+    server.socket.setblocking(False)  # or the loop that comes second to a connection waits in accept() for another
     second = threading.Thread(target=server.serve_forever, args=(POLL_INTERVAL,))
     with serving(server, POLL_INTERVAL):
         second.start()
