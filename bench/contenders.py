@@ -66,13 +66,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Model:
-    """A worker model: its name for ``--worker``, its name in the tables, what it can do, and who has it."""
+    """A worker model: its name for ``--worker``, its name in the tables, what it can do, who has it, its options."""
 
     worker: str
     name: str
     kinds: frozenset[str]
     stdlib: bool = True
     quick: bool = True
+    options: tuple[str, ...] = ()
 
 
 # A sync server would never answer the second of several clients that keep their connections, and a process for
@@ -80,6 +81,8 @@ class Model:
 MODELS = [
     Model("sync", "sync", frozenset({"oneshot", "udp"})),
     Model("threads", "threading", STREAMS),
+    # A pool serves as many kept connections at a time as it has threads.
+    Model("threadpool", "threadpool", frozenset({"oneshot", "udp"}), stdlib=False, options=("--max-workers", "8")),
     Model("fork", "forking", frozenset({"oneshot"}), quick=False),
 ]
 
@@ -95,7 +98,8 @@ def socketservers() -> list[Contender]:
         for model in MODELS:
             if implementation == "stdlib" and not model.stdlib:
                 continue
-            command = (sys.executable, "-m", "fastserve.bench.server", implementation, model.worker, "{handler}")
+            start = (sys.executable, "-m", "fastserve.bench.server")
+            command = (*start, implementation, model.worker, "{handler}", *model.options)
             kept = "echo" in model.kinds
             name = f"{family} {model.name}"
             found.append(

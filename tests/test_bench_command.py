@@ -217,6 +217,20 @@ def test_each_worker_model_is_compared_with_its_counterpart(here: Path) -> None:
 
 
 @needs_load
+def test_a_pool_is_compared_with_the_stdlibs_threads_and_has_as_many_threads_as_asked_for(here: Path) -> None:
+    _, found = figures("handlers:OneAnswer", "--worker", "threadpool", "--max-workers", "2", servers=2)
+    assert found["servers"]["fastserve threadpool"]["reference"] == "stdlib threads"
+    assert found["arguments"]["max_workers"] == 2
+
+
+@needs_load
+def test_a_pool_of_kept_connections_is_said_to_serve_as_many_as_it_has_threads(here: Path) -> None:
+    done = bench("handlers.py:Lines", "--worker", "threadpool", "--max-workers", "2", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "threadpool serves 2 connections at a time: the other 1 waited to the end" in done.stdout
+
+
+@needs_load
 def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "sync", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -446,6 +460,7 @@ def started(moment: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         (["nope.py:Lines"], "cannot import 'nope.py'"),
         (["nope:Lines"], "No module named 'nope'"),
         (["handlers:Lines", "--worker", "nope"], "invalid choice: 'nope'"),
+        (["handlers:Lines", "--max-workers", "2"], "--worker threadpool"),
         (["handlers:Lines", "--send", ""], "nothing to send"),
         (["handlers:Lines", "--send", "@nope"], "cannot read 'nope': No such file"),
         (["handlers:Lines", "--send", r"\q"], r"'\\q' is none of \n \r \t \0 \xHH \\"),

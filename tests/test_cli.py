@@ -27,7 +27,12 @@ from support import wait_until
 MODULE = [sys.executable, "-m", "fastserve"]
 SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 
-WORKERS = ["sync", "threads", pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork"))]
+WORKERS = [
+    "sync",
+    "threads",
+    "threadpool",
+    pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")),
+]
 
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
 needs_interrupts = pytest.mark.skipif(
@@ -64,6 +69,10 @@ class Options(fastserve.BaseRequestHandler):
     def handle(self):
         names = "request_queue_size", "allow_reuse_address"
         self.request.sendall(repr([getattr(self.server, name) for name in names]).encode())
+
+class Workers(fastserve.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(repr(self.server.max_workers).encode())
 
 not_callable = 3
 """
@@ -108,7 +117,7 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     """Read the line that tells the address, from the pipe that is the server's standard output."""
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|fork)\); Ctrl-C stops\n", line)
+    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork)\); Ctrl-C stops\n", line)
     assert found, (line, server.stderr.read() if not line else "")
     return found[1]
 
@@ -210,6 +219,8 @@ def test_version() -> None:
         ("serve handlers:Lines more", "fastserve serve", "more"),
         ("serve handlers:Lines --nope", "fastserve serve", "--nope"),
         ("serve handlers:Lines --worker nope", "fastserve serve", "'nope'"),
+        ("serve handlers:Lines --max-workers 2", "fastserve serve", "--worker threadpool"),
+        ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),
@@ -579,6 +590,13 @@ def test_the_printed_address_can_be_given_again_at_once(here: Path) -> None:
                 assert client.recv(100) == b"from a function"
                 assert client.recv(100) == b""  # closed by the server, whose end stays in TIME-WAIT
             stop(server)
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], b"None"), (["--max-workers", "3"], b"3")])
+def test_max_workers_is_that_of_the_pool(here: Path, options: list[str], expected: bytes) -> None:
+    arguments = ["handlers:Workers", "--bind", "127.0.0.1:0", "--worker", "threadpool", *options]
+    with started("serve", *arguments) as server, connect(address_of(server)) as client:
+        assert client.recv(100) == expected
 
 
 @pytest.mark.parametrize("worker", WORKERS)

@@ -179,6 +179,15 @@ def test_threading_server_serves_its_clients_together(start: Start) -> None:
     assert len({answer.split(": ")[1] for answer in answers}) == 5, "a thread for each"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threadpool_server_answers_all_clients_in_a_few_threads(start: Start, threads: int) -> None:
+    with start("threadpool_server.py", "--clients", "20", "--threads", str(threads)) as server:
+        server.port()
+        counts = dict(line.rsplit(": ", 1) for line in server.end().splitlines())
+        assert set(counts) <= {f"WebServer-worker-{number}" for number in range(1, threads + 1)}
+        assert sum(map(int, counts.values())) == 20
+
+
 def test_forking_server_answers_each_client_from_another_process(start: Start) -> None:
     with start("forking_server.py", allowed=(FORK_BESIDE_THREADS,)) as example:
         first_line = example.line()

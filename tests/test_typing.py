@@ -14,6 +14,7 @@ GOOD = """\
 from __future__ import annotations
 
 import functools
+import http.server
 import socket
 import threading
 from typing import Any
@@ -25,6 +26,8 @@ from fastserve import (
     ForkingMixIn,
     StreamRequestHandler,
     TCPServer,
+    ThreadPoolMixIn,
+    ThreadPoolUDPServer,
     ThreadingMixIn,
     ThreadingTCPServer,
     UDPServer,
@@ -107,6 +110,19 @@ class Unix(ThreadingMixIn, UnixStreamServer):
     pass
 
 
+class Pooled(ThreadPoolMixIn, UnixStreamServer):
+    max_workers = 4
+    max_queued = 0
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        self.max_workers = 8
+        super().serve_forever(poll_interval)
+
+
+class PooledWeb(ThreadPoolMixIn, http.server.HTTPServer):
+    pass
+
+
 class Limited(UDPServer):
     max_packet_size = 512
 
@@ -125,6 +141,10 @@ def main() -> None:
         partial_server.handle_request()
     with Limited(("127.0.0.1", 0), Datagram) as datagrams:
         datagrams.handle_request()
+    with ThreadPoolUDPServer(("127.0.0.1", 0), Datagram) as pool:
+        pool.max_workers = None
+        pool.handle_request()
+        pool.shutdown()
     fastserve.patch()
     if fastserve.patched():
         fastserve.unpatch()

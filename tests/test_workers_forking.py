@@ -49,3 +49,29 @@ def test_a_child_that_goes_back_into_the_loop_serves_beside_its_parent(impl: str
 @pytest.mark.parametrize("first", ["child", "parent"])
 def test_in_the_stdlib_such_a_child_serves_too(first: str) -> None:
     run_isolated("both_serve", "stdlib", first)
+
+
+def test_at_max_children_no_other_child_of_the_program_is_collected(impl: str) -> None:
+    run_isolated("children", impl, "another_child")
+
+
+@needs_pidfd
+def test_at_max_children_without_pidfds_one_of_the_children_is_waited_for(impl: str) -> None:
+    run_isolated("children", impl, "max_children_without_pidfds")
+
+
+@needs_pidfd
+def test_a_loop_asks_only_for_children_that_have_ended(impl: str) -> None:
+    run_isolated("children", impl, "asked_for_the_ended")
+
+
+def test_children_that_somebody_else_collects_hang_nothing(impl: str) -> None:
+    run_isolated("children", impl, "collected_elsewhere")
+
+
+def test_ignored_sigchld_hangs_nothing(impl: str) -> None:
+    run_isolated("children", impl, "sigchld_ignored")
+
+
+def test_an_overridden_collect_children_is_called_after_each_turn(impl: str) -> None:
+    run_isolated("children", impl, "overridden")

@@ -23,6 +23,7 @@ from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.streams import _SocketWriter  # noqa: F401
+from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
     ThreadingMixIn,
     ThreadingTCPServer,
@@ -32,7 +33,16 @@ from fastserve.workers.threads import (
 )
 
 # What fastserve has beyond socketserver.
-__extensions__ = ["__version__", "implementation", "patch", "patched", "unpatch"]
+__extensions__ = [
+    "ThreadPoolMixIn",
+    "ThreadPoolTCPServer",
+    "ThreadPoolUDPServer",
+    "__version__",
+    "implementation",
+    "patch",
+    "patched",
+    "unpatch",
+]
 
 __all__ = [
     "BaseRequestHandler",
@@ -40,6 +50,9 @@ __all__ = [
     "DatagramRequestHandler",
     "StreamRequestHandler",
     "TCPServer",
+    "ThreadPoolMixIn",
+    "ThreadPoolTCPServer",
+    "ThreadPoolUDPServer",
     "ThreadingMixIn",
     "ThreadingTCPServer",
     "ThreadingUDPServer",
@@ -58,9 +71,13 @@ if hasattr(os, "fork"):
 
 if hasattr(socket, "AF_UNIX"):
     from fastserve.server import UnixDatagramServer, UnixStreamServer
+    from fastserve.workers.threadpool import ThreadPoolUnixDatagramServer, ThreadPoolUnixStreamServer
     from fastserve.workers.threads import ThreadingUnixDatagramServer, ThreadingUnixStreamServer
 
+    __extensions__ += ["ThreadPoolUnixDatagramServer", "ThreadPoolUnixStreamServer"]
     __all__ += [
+        "ThreadPoolUnixDatagramServer",
+        "ThreadPoolUnixStreamServer",
         "ThreadingUnixDatagramServer",
         "ThreadingUnixStreamServer",
         "UnixDatagramServer",

@@ -15,7 +15,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Final
 
 from fastserve import _backend, _core_py, pollers
@@ -54,8 +54,8 @@ class Backoff:
 class Loop:
     """The wait of one ``serve_forever``: for a listener, a wake-up, signals and forked children.
 
-    The thread that makes it is its owner and calls its methods; any thread may call :meth:`wake` and
-    :meth:`retry`, and so may a signal handler.
+    The thread that makes it is its owner and calls its methods; any thread may call :meth:`wake`,
+    :meth:`retry` and :meth:`resume`, and so may a signal handler.
     """
 
     _poller: pollers.Poller
@@ -72,11 +72,15 @@ class Loop:
         self._is_open = False
         self._server = server
         self._listener = -1
-        self._children: set[int] = set()  # pidfds
+        self._children: dict[int, int] = {}  # the process ids of watched children, by pidfd
+        self._ended: set[int] = set()  # those that have ended since somebody asked
         self._holds_signals = False
         self._backoff = Backoff()
         self._resume_at: float | None = None  # time.monotonic(); the listener is not watched until then
         self._retry = False  # set by any thread: end the pause now
+        # Whether no request is to be taken before resume(). Who takes several in a turn asks before each of them.
+        self.held = False
+        self._resumed = False  # set by any thread: it is to be held no longer
         self._trying = False  # whether accept is being tried for the first time after a pause
 
     def open(self) -> None:
@@ -125,6 +129,9 @@ class Loop:
         """
         if self.stale:
             self._start_afresh()
+        if self.held:
+            self._wait_held(timeout)
+            return False
         if self._backoff.pause:
             return self._wait_in_episode(timeout)
         ready = self._poller.wait(timeout)
@@ -144,13 +151,41 @@ class Loop:
         self._trying = self._look_at(self._poller.wait(timeout))
         return self._trying
 
+    def hold(self) -> None:
+        """Take no request until :meth:`resume`: leave the listener alone, and what comes in the kernel's backlog."""
+        if not self.held:
+            self._resumed = False
+            self.held = True
+            if self._is_open and not self.stale:
+                self._poller.unregister(self._listener)
+
+    def resume(self) -> None:
+        """End what :meth:`hold` began. Any thread may call it; without a hold it does nothing."""
+        self._resumed = True
+        if self.held:
+            self.wake()
+
+    def _wait_held(self, timeout: float | None) -> None:
+        """Wait without the listener, unless the hold is over; watch it again when it is."""
+        if not self._resumed:
+            self._look_at(self._poller.wait(timeout))
+        if self._resumed:
+            self.held = False
+            if self._resume_at is None:  # else accept fails, and the listener is left alone for that reason too
+                self._watch_listener()
+
+    def _watch_listener(self) -> None:
+        """Watch the listener again, unless it was closed meanwhile: nothing will come then."""
+        if self._server.fileno() == self._listener:
+            self._poller.register(self._listener)
+
     def _look_at(self, ready: list[int]) -> bool:
         """Take note of what is ready beside the listener; return whether the listener is."""
         for fd in ready:
             if fd == self._wakeup.fileno():
                 self._wakeup.clear()
             elif fd in self._children:
-                self._children.discard(fd)
+                self._ended.add(self._children.pop(fd))
                 self._poller.unregister(fd)
                 os.close(fd)
         return self._listener in ready
@@ -163,6 +198,7 @@ class Loop:
             os.close(pidfd)
         self._children.clear()
         self._resume_at = None
+        self.held = False
         self.stale = False
         self.owner = threading.get_ident()
         self.open()
@@ -190,13 +226,13 @@ class Loop:
     def _pause(self, timeout: float | None) -> None:
         """Wait without the listener, and watch it again when the pause is over."""
         assert self._resume_at is not None
-        left = max(self._resume_at - time.monotonic(), 0.0)
+        # The wake-up of a retry may have been seen already, by ended_children().
+        left = 0.0 if self._retry else max(self._resume_at - time.monotonic(), 0.0)
         self._look_at(self._poller.wait(left if timeout is None else min(left, timeout)))
         if self._retry or time.monotonic() >= self._resume_at:
             self._resume_at = None
             paused.discard(self)
-            if self._server.fileno() == self._listener:  # else it was closed meanwhile: nothing will come
-                self._poller.register(self._listener)
+            self._watch_listener()
 
     def retry(self) -> None:
         """End a pause at once, because a descriptor has become free."""
@@ -211,12 +247,21 @@ class Loop:
             pidfd = os.pidfd_open(pid)
         except OSError:
             return  # no descriptor left, or an old kernel: watches() tells that one child is not watched
-        self._children.add(pidfd)
+        self._children[pidfd] = pid
         self._poller.register(pidfd)
 
-    def watches(self, children: int) -> bool:
-        """Return whether the end of every one of so many children ends the wait."""
-        return len(self._children) >= children
+    def watches(self, children: Set[int]) -> bool:
+        """Return whether the end of each of these child processes ends the wait."""
+        return children <= set(self._children.values())
+
+    def ended_children(self, children: Set[int]) -> Set[int]:
+        """Return those of the child processes that have ended, or may have: those that are not watched too."""
+        if self.stale or not self._is_open:
+            return children
+        self._look_at(self._poller.wait(0))
+        ended, self._ended = self._ended, set()
+        # One that was found ended before, and was not collected then, is watched no longer.
+        return ended & children if self.watches(children - ended) else children
 
     def close(self) -> None:
         """Release the descriptors and let go of the signals. Calling it again, or unopened, does nothing."""
@@ -244,6 +289,7 @@ class SelectorLoop:
     """
 
     ticks = True
+    held = False  # a worker model that takes no more makes the loop's thread wait for it
 
     def __init__(self, server: Any, selector_class: Callable[[], selectors.BaseSelector]) -> None:
         self.owner = threading.get_ident()
@@ -278,9 +324,13 @@ class SelectorLoop:
     def watch_child(self, pid: int) -> None:
         """Do nothing: children are looked for at every tick."""
 
-    def watches(self, children: int) -> bool:
+    def watches(self, children: Set[int]) -> bool:
         """Return ``False``: no child ends the wait."""
         return False
+
+    def ended_children(self, children: Set[int]) -> Set[int]:
+        """Return ``children``: each of them may have ended."""
+        return children
 
     def close(self) -> None:
         """Close the selector, if it was opened."""
@@ -326,13 +376,12 @@ def idle_timeout(server: Any, loop: Loop | SelectorLoop, poll_interval: float) -
 
 
 def _after_fork_in_child() -> None:
-    # The child inherits the wake-up of Python's signals: a signal to the child would wake its parent.
-    if any(loop._holds_signals for loop in _loops):
-        for loop in _loops:
-            loop._holds_signals = False
-        signal.set_wakeup_fd(-1)
     for loop in _loops:
         loop.stale = True
+        # The child inherits the wake-up of Python's signals: a signal to the child would wake its parent.
+        if loop._holds_signals:
+            loop._holds_signals = False
+            signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, "register_at_fork"):

@@ -72,6 +72,16 @@ def _is_closed(server: object) -> bool:
     return False
 
 
+def request_timeout(server: Any) -> float | None:
+    """Return how many seconds ``handle_request()`` waits: the shorter of the timeouts of listener and server."""
+    timeout: float | None = server.socket.gettimeout()
+    if timeout is None:
+        timeout = server.timeout
+    elif server.timeout is not None:
+        timeout = min(timeout, server.timeout)
+    return timeout
+
+
 class BaseServer(socketserver.BaseServer):
     """The loop and the hooks of a server, without a listener: see :class:`TCPServer`.
 
@@ -166,12 +176,7 @@ class BaseServer(socketserver.BaseServer):
 
         :raises ValueError: if the server is closed.
         """
-        timeout = self.socket.gettimeout()  # type: ignore[attr-defined]
-        if timeout is None:
-            timeout = self.timeout
-        elif self.timeout is not None:
-            timeout = min(timeout, self.timeout)
-        if pollers.wait_for_request(self, timeout):
+        if pollers.wait_for_request(self, request_timeout(self)):
             self._handle_request_noblock()
         else:
             self.handle_timeout()

@@ -48,6 +48,11 @@ class Handler(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
 
 class Server(module.ForkingTCPServer):  # type: ignore[misc, name-defined]
     request_queue_size = 32
+    calls = 0
+
+    def collect_children(self, *, blocking: bool = False) -> None:
+        self.calls += 1
+        super().collect_children(blocking=blocking)
 
 
 class Client:
@@ -146,11 +151,86 @@ def shutdown_in_a_child(server: Any) -> None:
         client.close()
 
 
+def another_child(server: Any) -> None:
+    """At the limit a child that the program itself has started is left to it."""
+    other = os.fork()
+    if not other:
+        os._exit(7)
+    os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)
+    max_children(server)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 7
+
+
+def max_children_without_pidfds(server: Any) -> None:
+    """The same where the kernel does not tell of ended children."""
+    another_child(server)
+
+
+def asked_for_the_ended(server: Any) -> None:
+    """The loop asks for each child once, when it has ended, however many requests there are beside it."""
+    asked: list[int] = []
+    waitpid = os.waitpid
+
+    def noting(pid: int, options: int) -> tuple[int, int]:
+        asked.append(pid)
+        return waitpid(pid, options)
+
+    os.waitpid = noting
+    first = Client(server)
+    pids = [int(first.ask("pid"))]
+    for _ in range(5):
+        client = Client(server)
+        pids.append(int(client.ask("pid")))
+        client.close()
+        wait_until(lambda: server.active_children == {pids[0]})
+    first.close()
+    wait_until(lambda: not server.active_children)
+    os.waitpid = waitpid
+    assert sorted(asked) == sorted(pids), (asked, pids)
+
+
+def collected_elsewhere(server: Any) -> None:
+    """What another part of the program has collected is forgotten, at the limit too."""
+    server.max_children = 1
+    for _ in range(3):
+        client = Client(server)
+        pid = int(client.ask("pid"))
+        collector = threading.Thread(target=os.waitpid, args=(pid, 0))
+        collector.start()
+        client.close()
+        collector.join()
+    last = Client(server)
+    assert last.ask("pid").isdigit()
+    last.close()
+    wait_until(lambda: not server.active_children)
+
+
+def sigchld_ignored(server: Any) -> None:
+    """Where the system collects children by itself there is nothing to wait for."""
+    max_children(server)
+    wait_until(lambda: not server.active_children)
+
+
+def overridden(server: Any) -> None:
+    """An override of collect_children() is called by the loop, and may collect nothing."""
+    client = Client(server)
+    client.ask("pid")
+    before = server.calls
+    second = Client(server)
+    second.ask("pid")
+    wait_until(lambda: server.calls > before)
+    for one in (client, second):
+        one.close()
+    wait_until(lambda: not server.active_children)
+
+
 def main(scenario: str) -> None:
     poll_interval = 30.0
-    if scenario == "collected_by_ticks":
+    if scenario in ("collected_by_ticks", "max_children_without_pidfds"):
         del os.pidfd_open
         poll_interval = 0.05
+    if scenario == "sigchld_ignored":
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
     def act() -> None:
         globals()[scenario](server)

@@ -39,7 +39,7 @@ def turn() -> None:
 
 assert _backend.monkey_patched()
 turning = gevent.spawn(turn)
-for name in ("TCPServer", "ThreadingTCPServer"):
+for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
     with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(20):
         serving = gevent.spawn(server.serve_forever, 0.05)
         for _ in range(5):
@@ -53,4 +53,24 @@ for name in ("TCPServer", "ThreadingTCPServer"):
         client = gevent.spawn(talk, server.server_address, b"hello\n")
         server.handle_request()
         assert client.get() == b"hello\n"
+
+
+class Slow(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
+    def handle(self) -> None:
+        gevent.sleep(0.05)
+        self.wfile.write(self.rfile.readline())
+
+
+class Limited(module.ThreadPoolTCPServer):  # type: ignore[misc, name-defined]
+    request_queue_size = 32
+    max_workers = 2
+    max_queued = 1
+
+
+with Limited(("127.0.0.1", 0), Slow) as server, gevent.Timeout(20):
+    serving = gevent.spawn(server.serve_forever, 0.05)
+    clients = [gevent.spawn(talk, server.server_address, b"hello\n") for _ in range(12)]
+    assert [client.get() for client in clients] == [b"hello\n"] * 12
+    server.shutdown()
+    serving.get()
 turning.kill()

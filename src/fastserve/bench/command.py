@@ -82,13 +82,18 @@ def signals_stop() -> Iterator[None]:
 
 
 @contextmanager
-def started(target: str, chosen: Sequence[Entry], udp: bool, core: int) -> Iterator[dict[str, ServerProcess]]:
+def started(
+    target: str, chosen: Sequence[Entry], udp: bool, core: int, max_workers: int | None = None
+) -> Iterator[dict[str, ServerProcess]]:
     """Start the servers for the time of the block. Raises ``ServerFailed``."""
     with ExitStack() as stack:
         servers = {}
         for entry in chosen:
             command = [sys.executable, "-m", "fastserve.bench.server", entry.implementation, entry.worker, target]
-            server = ServerProcess(entry.name, command + ["--udp"] * udp, core)
+            command += ["--udp"] * udp
+            if max_workers and entry.worker == "threadpool":
+                command += ["--max-workers", str(max_workers)]
+            server = ServerProcess(entry.name, command, core)
             servers[entry.name] = stack.enter_context(server)
         yield servers
 
@@ -111,6 +116,7 @@ def measure(
     seconds: float,
     core: int,
     on_round: Tell,
+    max_workers: int | None = None,
 ) -> Report:
     """Probe the servers, load them in turn and return what was found.
 
@@ -127,7 +133,7 @@ def measure(
     with pinned(core):
         series = alternate(list(servers.values()), loads, ROUNDS, seconds / ROUNDS, on_round)
     rows = [row(entry, series, last_line(servers[entry.name].errors())) for entry in chosen]
-    return Report(rows, loads[chosen[0].name], ROUNDS, seconds)
+    return Report(rows, loads[chosen[0].name], ROUNDS, seconds, max_workers)
 
 
 def probe_all(servers: Mapping[str, ServerProcess], load: Load) -> dict[str, Answers]:

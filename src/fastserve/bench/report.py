@@ -11,6 +11,7 @@ from typing import Any
 from fastserve.bench.machine import describe as describe_machine
 from fastserve.bench.measure import Load, Ratio, Series
 from fastserve.bench.probe import describe
+from fastserve.workers._pool import default_workers
 
 HEADERS = ("", "requests/s", "CPU µs/request", "p50 µs", "p99 µs", "errors", "CPU ratio (range)", "to")
 
@@ -44,12 +45,14 @@ class Report:
 
     :param load: what was sent, with what the probe has found out.
     :param seconds: of load that count, for each server.
+    :param max_workers: threads of the pools; ``None`` is their default.
     """
 
     rows: list[Row]
     load: Load
     rounds: int
     seconds: float
+    max_workers: int | None = None
 
     def problems(self) -> list[str]:
         """Return a line for each server whose figures mean nothing."""
@@ -121,7 +124,8 @@ class Report:
         if load.expected is None:
             found.append("The answers are not always the same, so they were not compared under load.")
         for worker in dict.fromkeys(row.worker for row in self.rows):
-            at_once = {"sync": 1, "fork": socketserver.ForkingMixIn.max_children}.get(worker)
+            limits = {"sync": 1, "fork": socketserver.ForkingMixIn.max_children}
+            at_once = (limits | {"threadpool": self.max_workers or default_workers()}).get(worker)
             if at_once and load.connections > at_once and not load.reconnect and not load.datagrams:
                 found.append(
                     f"{worker} serves {at_once} connection{'s' * (at_once > 1)} at a time: the other "

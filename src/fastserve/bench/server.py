@@ -1,6 +1,7 @@
 """The process that serves a handler for a measurement: ``python -m fastserve.bench.server``.
 
-    python -m fastserve.bench.server stdlib|fastserve sync|threads|fork MODULE:HANDLER [--udp]
+    python -m fastserve.bench.server stdlib|fastserve sync|threads|threadpool|fork MODULE:HANDLER [--udp]
+        [--max-workers N]
 
 It prints the port that it serves on 127.0.0.1, and nothing else: what the handler prints is dropped. Under
 ``stdlib`` the handler gets the stdlib's classes even if its module imports fastserve; under ``fastserve`` it gets
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import fastserve
-from fastserve.cli.arguments import UsageError
+from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler
 
 BACKLOG = 4096  # connections; none is refused while a server is behind
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("worker", choices=WORKERS)
     parser.add_argument("target")
     parser.add_argument("--udp", action="store_true")
+    parser.add_argument("--max-workers", type=positive)
     options = parser.parse_args(argv)
     told = _keep_standard_output()
     module: Any = fastserve
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         request_queue_size = BACKLOG
         daemon_threads = True
         block_on_close = False
+        max_workers = options.max_workers
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(0)

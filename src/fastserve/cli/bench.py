@@ -68,6 +68,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = f"a worker model, as for fastserve serve; may be repeated (default: {DEFAULT_WORKER}, because a sync \
         server answers one kept connection at a time)"
     parser.add_argument("--worker", choices=WORKERS, action="append", dest="workers", help=help)
+    help = "threads, with --worker threadpool (default: as many as the class takes); a kept connection keeps one"
+    parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
     parser.add_argument("--plot", metavar="FILE", type=_output, help="draw the figures too: .svg or .png")
     parser.add_argument("--json", metavar="FILE", type=_output, help="write the figures of each round too")
     parser.set_defaults(command=run, parser=parser)
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from fastserve.bench.process import ServerFailed, cores
 
     load = _load(args)
+    if args.max_workers and "threadpool" not in (args.workers or ()):
+        raise UsageError("--max-workers is for --worker threadpool")
     try:
         generator()
         server_core, load_core = cores()
@@ -92,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
     _check_plot(args.plot)
     chosen = command.entries(list(dict.fromkeys(args.workers or [DEFAULT_WORKER])))
     try:
-        with command.signals_stop(), command.started(args.target, chosen, args.udp, server_core) as servers:
+        with (
+            command.signals_stop(),
+            command.started(args.target, chosen, args.udp, server_core, args.max_workers) as servers,
+        ):
             return _measure(args, load, chosen, servers, load_core)
     except ServerFailed as error:
         line = last_line(error.errors)
@@ -120,7 +127,7 @@ def _measure(args: argparse.Namespace, load: Load, chosen: Any, servers: Any, co
         print(f"It takes {message}", file=sys.stderr)
     print(command.announcement(chosen, load, args.duration), file=sys.stderr, flush=True)
     with progress(len(chosen), command.ROUNDS) as on_round:
-        report = command.measure(servers, chosen, load, args.duration, core, on_round)
+        report = command.measure(servers, chosen, load, args.duration, core, on_round, args.max_workers)
     _print("\n".join([f"{args.target}: {report.work()}", "", report.table(), "", *report.notes()]))
     try:
         if args.json:
@@ -198,7 +205,7 @@ def _print(text: str) -> None:
 def _arguments(args: argparse.Namespace, load: Load) -> dict[str, Any]:
     """Return the arguments, fit for JSON."""
     text = {name: repr(value)[2:-1] if isinstance(value, bytes) else value for name, value in vars(args).items()}
-    names = ("target", "send", "until", "connections", "pipeline", "duration", "udp")
+    names = ("target", "send", "until", "connections", "pipeline", "duration", "udp", "max_workers")
     found = {name: text[name] for name in names}
     if not args.udp and args.until is None:
         found["until"] = "\\n"

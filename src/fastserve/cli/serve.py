@@ -13,6 +13,7 @@ from typing import Any, Final
 import fastserve
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler
+from fastserve.workers._pool import default_workers
 
 # Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
 DEFAULT_REQUEST_QUEUE_SIZE: Final = 128
@@ -44,8 +45,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "serve datagrams, UDP or of a Unix socket (default: connections)"
     parser.add_argument("--udp", action="store_true", help=help)
     help = "what runs the handler: sync, the loop itself, one request after the other; threads, a thread for each \
-        request; fork, a child process for each (default: %(default)s)"
+        request; threadpool, a limited number of threads; fork, a child process for each (default: %(default)s)"
     parser.add_argument("--worker", choices=WORKERS, default="threads", help=help)
+    help = f"threads, with --worker threadpool (default here: {default_workers()})"
+    parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
     help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
         system may have a lower limit)"
     parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         (not args.udp and args.max_packet_size, "--max-packet-size is for datagrams: only with --udp"),
         (is_unix and args.reuse_address is not None, "--reuse-address is not for a Unix socket"),
         (is_unix and not hasattr(socket, "AF_UNIX"), "this system has no Unix sockets"),
+        (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
     ):
         if wrong:
@@ -118,6 +122,7 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         # The end of the server waits for no thread whose client is idle, but for the children, which were told to end.
         "daemon_threads": True,
         "block_on_close": args.worker == "fork",
+        "max_workers": args.max_workers,
     }
     server: fastserve.TCPServer = type(base.__name__, (base,), attributes)(address, handler)
     return server

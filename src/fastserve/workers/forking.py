@@ -5,13 +5,59 @@ from __future__ import annotations
 import os
 import socket
 import socketserver
-from typing import Any
+import time
+from collections.abc import Set
+from typing import Any, Final
 
+from fastserve import pollers
 from fastserve._loop import Loop, SelectorLoop, State, quiet_service_actions
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers._past import past
 
 _std: Any = socketserver  # see server.py
+
+NAP: Final = 0.02  # seconds between two looks at children, where the kernel does not tell of their end
+
+
+def _collect(children: set[int], pids: Set[int], options: int) -> bool:
+    """Collect those of ``pids`` that have ended, and remove them from ``children``.
+
+    :param options: of waitpid(2): 0 to wait for them, or ``WNOHANG``.
+    :return: whether all of them could be asked for.
+    """
+    answered = True
+    for pid in pids:
+        try:
+            ended, _ = _std.os.waitpid(pid, options)
+            children.discard(ended)  # 0, and not among them, if it has not ended yet
+        except ChildProcessError:
+            children.discard(pid)  # somebody else collected it, or nobody has to: SIGCHLD is ignored
+        except OSError:
+            answered = False  # it is asked for again at the next turn
+    return answered
+
+
+def _wait_for_one(children: set[int]) -> None:
+    """Wait until one of the child processes has ended; where the kernel cannot tell, for a moment."""
+    pidfds: list[int] = []
+    try:
+        for pid in children:
+            pidfds.append(os.pidfd_open(pid))
+        poller = pollers.new_poller()
+        try:
+            for pidfd in pidfds:
+                poller.register(pidfd)
+            poller.wait()
+        finally:
+            poller.close()
+    except ProcessLookupError:
+        pass  # there is one no more
+    except (AttributeError, OSError):
+        time.sleep(NAP)  # no pidfds here, or no descriptor left for them
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+
 
 if hasattr(os, "fork"):
 
@@ -38,30 +84,32 @@ if hasattr(os, "fork"):
         def collect_children(self, *, blocking: bool = False) -> None:
             """Collect the children that have ended, and wait for one if there are :attr:`max_children`.
 
+            Only the server's own children are collected. In the thread of a loop that watches them it asks for
+            those alone that have ended.
+
             :param blocking: whether to wait for all of them.
             """
-            if self.active_children is None:
+            children = self.active_children
+            if not children:
                 return
             os = _std.os
-
-            # waitpid(-1) may collect a child that is not ours, which is why it is used above the limit only.
-            while len(self.active_children) >= self.max_children:
-                try:
-                    pid, _ = os.waitpid(-1, 0)
-                    self.active_children.discard(pid)
-                except ChildProcessError:
-                    self.active_children.clear()  # there is no child at all
-                except OSError:
+            told = False  # whether the end of one was waited for, and yet none could be collected
+            while (count := len(children)) and count >= self.max_children:
+                if not _collect(children, children.copy(), os.WNOHANG):
                     break
-
-            for pid in self.active_children.copy():
-                try:
-                    ended, _ = os.waitpid(pid, 0 if blocking else os.WNOHANG)
-                    self.active_children.discard(ended)  # 0, and not among them, if it has not ended yet
-                except ChildProcessError:
-                    self.active_children.discard(pid)  # somebody else collected it
-                except OSError:
-                    pass  # it is asked for again at the next turn
+                if len(children) < count:
+                    told = False
+                elif told:
+                    time.sleep(NAP)  # a tracer, say, comes first
+                else:
+                    _wait_for_one(children)
+                    told = True
+            if blocking:
+                _collect(children, children.copy(), 0)
+            elif children:
+                loop = State.of(self).own_loop()
+                asked = children.copy()
+                _collect(children, asked if loop is None else loop.ended_children(asked), os.WNOHANG)
 
         def handle_timeout(self) -> None:
             """Collect children, when ``handle_request()`` has waited in vain. May be extended."""
@@ -106,7 +154,7 @@ if hasattr(os, "fork"):
 
     def _children_are_watched(server: Any, loop: Loop | SelectorLoop) -> bool:
         children = server.active_children
-        return not children or loop.watches(len(children))
+        return not children or loop.watches(children)
 
     quiet_service_actions[ForkingMixIn.service_actions] = _children_are_watched
 
