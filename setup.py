@@ -21,7 +21,9 @@ def extensions() -> list[Extension]:
     # Imported here so that the pure-Python build does not need Cython.
     from Cython.Build import cythonize
 
-    headers = ["src/fastserve/_compat.h", "src/fastserve/_load.h", "src/fastserve/_syscalls.pxd"]
+    headers = [
+        f"src/fastserve/{name}" for name in ("_compat.h", "_load.h", "_syscalls.pxd", "_addresses.pxd")
+    ]
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]
     names = ["_core", "_streams", "_datagrams", "_threads"]

@@ -1,6 +1,6 @@
 """The process that serves a handler for a measurement: ``python -m fastserve.bench.server``.
 
-    python -m fastserve.bench.server stdlib|fastserve sync|threads|fork MODULE:HANDLER [--udp]
+    python -m fastserve.bench.server stdlib|fastserve sync|threads|fork MODULE:HANDLER [--udp [--gather-replies]]
 
 It prints the port that it serves on 127.0.0.1, and nothing else: what the handler prints is dropped. Under
 ``stdlib`` the handler gets the stdlib's classes even if its module imports fastserve; under ``fastserve`` it gets
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("worker", choices=WORKERS)
     parser.add_argument("target")
     parser.add_argument("--udp", action="store_true")
+    parser.add_argument("--gather-replies", action="store_true", help="set the attribute of the datagram servers")
     options = parser.parse_args(argv)
     told = _keep_standard_output()
     module: Any = fastserve
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         request_queue_size = BACKLOG
         daemon_threads = True
         block_on_close = False
+        gather_replies = options.gather_replies
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
