@@ -79,7 +79,7 @@ cdef class Receiver:
     # Who has sent lately: a tuple of an address that is known need not be made again.
     cdef sockaddr_storage _known[KNOWN]
     cdef list _known_addresses
-    cdef readonly Py_ssize_t truncated
+    cdef public Py_ssize_t truncated
     cdef public object failed
 
     def __cinit__(self):
@@ -314,6 +314,7 @@ cdef class Gatherer:
         self._send_now = listener.sendto
         self._report = report
         self._replies = []
+        self._last = _absent
         self._family = _family_of(listener)
         memset(self._messages, 0, sizeof(self._messages))
         for i in range(MOST):
@@ -380,7 +381,7 @@ cdef class Gatherer:
         cdef sockaddr_in6 *inet6 = <sockaddr_in6 *>&self._last_name
         cdef sockaddr_un *local = <sockaddr_un *>&self._last_name
         cdef Py_ssize_t offset = <char *>local.sun_path - <char *>local
-        self._last = None
+        self._last = _absent
         memset(&self._last_name, 0, sizeof(self._last_name))
         if self._family == AF_UNIX:
             if type(address) is str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -13,6 +14,8 @@ from typing import Any, Final
 Request = tuple[tuple[bytes, socket.socket], Any]
 
 MOST: Final = 64  # replies that are gathered
+LONGEST: Final = 65507  # bytes of a datagram over IPv4
+ROOM: Final = 104  # bytes of the name of a Unix socket, on the system that has the fewest
 
 _DONT_WAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
 
@@ -124,7 +127,7 @@ class Gatherer:
         """
         if self._thread == 0 or self._thread != threading.get_ident():
             return self._listener.sendto(data, flags, *address)
-        if address or not isinstance(data, (bytes, bytearray)) or len(data) > 65507 or not self._is_known(flags):
+        if address or not isinstance(data, (bytes, bytearray)) or len(data) > LONGEST or not self._is_known(flags):
             self.flush()
             return self._listener.sendto(data, flags, *address)
         if len(self._replies) == MOST:
@@ -133,15 +136,26 @@ class Gatherer:
         return len(data)
 
     def _is_known(self, address: Any) -> bool:
-        """Return whether an address is one that a datagram has come from: numeric, or of a Unix socket."""
-        try:
-            if self._listener.family == socket.AF_UNIX:
-                return len(address) > 0
-            host, _, *rest = address
-            socket.inet_pton(self._listener.family, host)
-            return len(rest) == (0 if self._listener.family == socket.AF_INET else 2)
-        except (OSError, TypeError, ValueError):
+        """Return whether it is an address of the form that a datagram comes from, which cannot be refused later on."""
+        family = self._listener.family
+        if family not in (socket.AF_INET, socket.AF_INET6):
+            if type(address) is str:
+                name = os.fsencode(address)
+                return 0 < len(name) < ROOM and b"\0" not in name
+            return type(address) is bytes and address.startswith(b"\0") and len(address) <= ROOM
+        if type(address) is not tuple or not address or type(address[0]) is not str:
             return False
+        limits = (0xFFFF,) if family == socket.AF_INET else (0xFFFF, 0xFFFFF, 0xFFFFFFFF)
+        numbers = address[1:]
+        if len(numbers) != len(limits) or not all(
+            type(number) is int and 0 <= number <= limit for number, limit in zip(numbers, limits, strict=True)
+        ):
+            return False
+        try:
+            socket.inet_pton(family, address[0])
+        except (OSError, ValueError):
+            return False  # a name, which is to be looked up
+        return True
 
     def flush(self) -> None:
         """Send what was gathered, waiting while the socket takes no more. In another thread it does nothing.
