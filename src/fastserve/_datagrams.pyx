@@ -38,12 +38,16 @@ cdef extern from *:
     #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
         && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
     #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
+    /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
+       compares before it takes a method that it has found before. */
+    #define fs_version_of(cls) ((cls)->tp_version_tag)
     static PyObject *fs_no_arguments;
     static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
     """
     object fs_new_object(object)
     bint fs_makes_plain_objects(object)
     bint fs_finds_attributes_plainly(object)
+    unsigned int fs_version_of(PyTypeObject *)
     PyTypeObject *fs_type_of(object)
     PyObject *fs_no_arguments
 
@@ -58,6 +62,12 @@ cdef enum:
     ROOM = 104        # bytes of sun_path, on the system that has the fewest
 
 cdef object _absent = object()
+
+# The methods that are called before and after the handler.
+cdef tuple _BEFORE = (
+    "_handle_request_noblock", "get_request", "verify_request", "process_request", "finish_request"
+)
+cdef tuple _AFTER = ("shutdown_request", "close_request")
 
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _descriptor_of = _socket.socket.fileno
@@ -197,6 +207,10 @@ cdef class Turns:
     cdef PyObject *_close_request
     cdef PyObject *_service_actions
     cdef dict _own  # holds what the pointers point to
+    # The class that was looked at last, and whether it overrides nothing.
+    cdef PyTypeObject *_class
+    cdef unsigned int _version
+    cdef bint _class_overrides
 
     def __cinit__(self, flag, own):
         self._flag = flag
@@ -213,13 +227,54 @@ cdef class Turns:
     def run(self, server, loop, kept):
         popleft = kept.popleft
         while True:
-            self._turn(server, popleft)
+            if self._is_plain(server, _BEFORE):
+                self._plain_turn(server, popleft)
+            else:
+                self._turn(server, popleft)
             if not kept:
                 return
             if not _is_own(server, "service_actions", self._service_actions):
                 server.service_actions()
             if loop.stopping or self._flag_is_set(server):
                 return
+
+    cdef bint _is_plain(self, object server, tuple names) except -1:
+        """Return whether the class overrides nothing, and the instance none of these methods."""
+        cdef PyTypeObject *cls = fs_type_of(server)
+        cdef dict attributes
+        if cls != self._class or fs_version_of(cls) != self._version or self._version == 0:
+            self._class = NULL
+            self._class_overrides = not fs_finds_attributes_plainly(server)
+            for name, function in self._own.items():
+                if _PyType_Lookup(cls, name) != <PyObject *>function:
+                    self._class_overrides = True
+            self._version = fs_version_of(cls)
+            self._class = cls
+        if self._class_overrides:
+            return False
+        attributes = PyObject_GenericGetDict(server, NULL)
+        for name in names:
+            if name in attributes:
+                return False
+        return True
+
+    cdef int _plain_turn(self, object server, object popleft) except -1:
+        """Do what ``_turn`` does where nothing is overridden before the handler runs."""
+        try:
+            request, client_address = popleft()
+        except IndexError:
+            return 0
+        try:
+            _construct(server.RequestHandlerClass, request, client_address, server)
+            if not self._is_plain(server, _AFTER):
+                self._end(server, request)
+        except Exception:
+            server.handle_error(request, client_address)
+            self._end(server, request)
+        except:
+            self._end(server, request)
+            raise
+        return 0
 
     cdef bint _flag_is_set(self, object server) except -1:
         cdef dict attributes
@@ -361,7 +416,7 @@ cdef class Gatherer:
             self.flush()
             return self._pass_on(data, flags, address)
         PySys_Audit("socket.sendto", "OO", <PyObject *>self._listener, <PyObject *>flags)
-        kept = bytes(data)  # itself if it is bytes
+        kept = data if type(data) is bytes else bytes(data)
         memcpy(&self._names[self._count], &self._last_name, self._last_length)
         self._messages[self._count].msg_hdr.msg_namelen = self._last_length
         self._vectors[self._count].iov_base = PyBytes_AS_STRING(kept)
