@@ -91,8 +91,8 @@ def soak_datagrams(options: argparse.Namespace) -> list[str]:
         took = time.monotonic() - begun
     end = resources()
     print(
-        f"datagrams: {sent:,} sent, {server.handled:,} handled, {dropped:,} dropped by the kernel, {answered:,} answers "
-        f"seen, {took:.1f} s; {fastserve.implementation}"
+        f"datagrams: {sent:,} sent, {server.handled:,} handled, {dropped:,} dropped by the kernel, {answered:,} "
+        f"answers seen, {took:.1f} s; {fastserve.implementation}"
     )
     for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
         print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))

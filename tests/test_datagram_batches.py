@@ -219,7 +219,10 @@ def test_other_errors_of_receiving_are_dropped_at_once(
 
 def test_an_icmp_error_of_a_connected_listener_is_dropped(module: ModuleType) -> None:
     log: list[bytes] = []
-    with module.UDPServer(ADDRESS, logging_handler(module, log)) as server, socket.socket(type=socket.SOCK_DGRAM) as gone:
+    with (
+        module.UDPServer(ADDRESS, logging_handler(module, log)) as server,
+        socket.socket(type=socket.SOCK_DGRAM) as gone,
+    ):
         gone.bind(ADDRESS)
         name = gone.getsockname()
         gone.close()

@@ -131,9 +131,9 @@ def test_datagrams_of_many_clients_keep_their_addresses(module: ModuleType) -> N
             stop_after(200, log)(self)
 
     with module.UDPServer(ADDRESS, Handler) as server, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(client_of(server, ("127.0.0.%d" % (1 + n % 3), 0))) for n in range(100)]
+        clients = [stack.enter_context(client_of(server, (f"127.0.0.{1 + n % 3}", 0))) for n in range(100)]
         expected = []
-        for turn in range(2):
+        for _turn in range(2):
             for number, client in enumerate(clients):
                 client.send(b"%d" % number)
                 expected.append((b"%d" % number, client.getsockname()))

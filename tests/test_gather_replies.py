@@ -124,9 +124,7 @@ def test_more_replies_than_fit_go_out_in_their_order(impl: str) -> None:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    payloads=st.lists(st.tuples(st.binary(max_size=2000), st.booleans(), st.sampled_from([0, 1, 2])), max_size=80)
-)
+@given(payloads=st.lists(st.tuples(st.binary(max_size=2000), st.booleans(), st.sampled_from([0, 1, 2])), max_size=80))
 def test_any_replies_arrive_whole_and_in_their_order(impl: str, payloads: list[tuple[bytes, bool, int]]) -> None:
     class Handler(fastserve.BaseRequestHandler):
         def handle(self) -> None:
@@ -189,7 +187,9 @@ def test_an_unbound_unix_client_cannot_be_answered(impl: str, tmp_path: Path, mo
 
 def test_the_socket_in_the_request_is_one_and_stands_for_the_listener(impl: str) -> None:
     found: list[Any] = []
-    with served(echo_handler([], lambda handler: found.append(handler.request[1]) or stop_after(1, found)(handler)), 1) as (
+    with served(
+        echo_handler([], lambda handler: found.append(handler.request[1]) or stop_after(1, found)(handler)), 1
+    ) as (
         server,
         _,
     ):

@@ -9,6 +9,7 @@ import os as _os
 import _socket
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
@@ -63,11 +64,7 @@ cdef enum:
 
 cdef object _absent = object()
 
-# The methods that are called before and after the handler.
-cdef tuple _BEFORE = (
-    "_handle_request_noblock", "get_request", "verify_request", "process_request", "finish_request"
-)
-cdef tuple _AFTER = ("shutdown_request", "close_request")
+cdef str FLAG = "_BaseServer__shutdown_request"
 
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _descriptor_of = _socket.socket.fileno
@@ -207,10 +204,10 @@ cdef class Turns:
     cdef PyObject *_close_request
     cdef PyObject *_service_actions
     cdef dict _own  # holds what the pointers point to
-    # The class that was looked at last, and whether it overrides nothing.
+    # The class that was looked at last, and whether it overrides a method.
     cdef PyTypeObject *_class
     cdef unsigned int _version
-    cdef bint _class_overrides
+    cdef bint _class_overrides, _class_has_flag
 
     def __cinit__(self, flag, own):
         self._flag = flag
@@ -225,63 +222,81 @@ cdef class Turns:
         self._service_actions = <PyObject *>self._own["service_actions"]
 
     def run(self, server, loop, kept):
+        cdef bint plain = self._is_plain(server)
         popleft = kept.popleft
         while True:
-            if self._is_plain(server, _BEFORE):
-                self._plain_turn(server, popleft)
+            if plain:
+                plain = self._plain_turn(server, popleft)
             else:
                 self._turn(server, popleft)
             if not kept:
                 return
-            if not _is_own(server, "service_actions", self._service_actions):
-                server.service_actions()
+            if not plain:
+                if not _is_own(server, "service_actions", self._service_actions):
+                    server.service_actions()
+                plain = self._is_plain(server)
             if loop.stopping or self._flag_is_set(server):
                 return
 
-    cdef bint _is_plain(self, object server, tuple names) except -1:
-        """Return whether the class overrides nothing, and the instance none of these methods."""
+    cdef int _look_at_class(self, object server, PyTypeObject *cls) except -1:
+        self._class = NULL
+        self._class_overrides = not fs_finds_attributes_plainly(server)
+        for name, function in self._own.items():
+            if _PyType_Lookup(cls, name) != <PyObject *>function:
+                self._class_overrides = True
+        self._class_has_flag = _PyType_Lookup(cls, FLAG) == <PyObject *>self._flag
+        self._version = fs_version_of(cls)
+        self._class = cls
+        return 0
+
+    cdef bint _is_plain(self, object server) except -1:
+        """Return whether neither the class nor the instance overrides a method."""
         cdef PyTypeObject *cls = fs_type_of(server)
         cdef dict attributes
         if cls != self._class or fs_version_of(cls) != self._version or self._version == 0:
-            self._class = NULL
-            self._class_overrides = not fs_finds_attributes_plainly(server)
-            for name, function in self._own.items():
-                if _PyType_Lookup(cls, name) != <PyObject *>function:
-                    self._class_overrides = True
-            self._version = fs_version_of(cls)
-            self._class = cls
+            self._look_at_class(server, cls)
         if self._class_overrides:
             return False
         attributes = PyObject_GenericGetDict(server, NULL)
-        for name in names:
-            if name in attributes:
-                return False
-        return True
+        return not (
+            "_handle_request_noblock" in attributes or "get_request" in attributes or "verify_request" in attributes
+            or "process_request" in attributes or "finish_request" in attributes or "shutdown_request" in attributes
+            or "close_request" in attributes or "service_actions" in attributes
+        )
 
-    cdef int _plain_turn(self, object server, object popleft) except -1:
-        """Do what ``_turn`` does where nothing is overridden before the handler runs."""
+    cdef bint _plain_turn(self, object server, object popleft) except -1:
+        """Do what ``_turn`` does where nothing is overridden before the handler runs; return whether it is so after.
+
+        Nothing of Python runs between the end of this and the next handler, so that the answer holds for that too.
+        """
+        cdef bint plain = True
         try:
             request, client_address = popleft()
         except IndexError:
-            return 0
+            return False
         try:
             _construct(server.RequestHandlerClass, request, client_address, server)
-            if not self._is_plain(server, _AFTER):
+            plain = self._is_plain(server)
+            if not plain:
                 self._end(server, request)
         except Exception:
             server.handle_error(request, client_address)
             self._end(server, request)
-        except:
+            return False
+        except BaseException:
             self._end(server, request)
             raise
-        return 0
+        return plain
 
     cdef bint _flag_is_set(self, object server) except -1:
-        cdef dict attributes
-        if _PyType_Lookup(fs_type_of(server), "_BaseServer__shutdown_request") == <PyObject *>self._flag:
-            attributes = PyObject_GenericGetDict(server, NULL)
-            if "_BaseServer__shutdown_request" in attributes:
-                return attributes["_BaseServer__shutdown_request"]
+        cdef PyTypeObject *cls = fs_type_of(server)
+        cdef PyObject *found
+        if cls != self._class or fs_version_of(cls) != self._version or self._version == 0:
+            self._look_at_class(server, cls)
+        if self._class_has_flag:
+            found = PyDict_GetItemWithError(PyObject_GenericGetDict(server, NULL), FLAG)
+            if found != NULL:
+                return <object>found
         return server._BaseServer__shutdown_request
 
     cdef int _turn(self, object server, object popleft) except -1:
@@ -311,7 +326,7 @@ cdef class Turns:
         except Exception:
             server.handle_error(request, client_address)
             self._end(server, request)
-        except:
+        except BaseException:
             self._end(server, request)
             raise
         return 0

@@ -5,6 +5,7 @@ What a datagram server keeps beside its loops is its :class:`Datagrams`, made wh
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import os
 import socket
@@ -14,8 +15,6 @@ import threading
 import weakref
 from collections import deque
 from typing import Any, Final
-
-import _socket
 
 from fastserve import _backend
 from fastserve._datagrams_py import Request

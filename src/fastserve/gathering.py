@@ -35,7 +35,7 @@ class GatheringSocket(socket.socket):
 
         self._gatherer = _backend.datagrams.Gatherer(listener, report)
         # On the instance, where it is found without a call of Python.
-        self.sendto = self._gatherer.sendto  # type: ignore[method-assign, assignment]
+        self.sendto = self._gatherer.sendto  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
         return f"<GatheringSocket of {self._listener!r}>"
