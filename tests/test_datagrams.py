@@ -399,6 +399,22 @@ def test_the_error_of_a_handler_is_current_in_handle_error_and_the_batch_goes_on
     assert ended == sent
 
 
+def test_a_traceback_of_a_handler_shows_the_handler(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(handler: Any) -> None:
+        handler.server._BaseServer__shutdown_request = True
+        raise LookupError("of a handler")
+
+    with module.UDPServer(ADDRESS, logging_handler(module, [], fail)) as server, client_of(server) as client:
+        client.send(b"x")
+        server.serve_forever(30)
+        name = client.getsockname()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == f"Exception occurred during processing of request from {name}"
+    assert any(line.endswith("in handle") for line in lines)
+    assert any(line.endswith("in fail") for line in lines)
+    assert lines[-2] == "LookupError: of a handler"
+
+
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_what_ends_serve_forever_leaves_the_rest_of_the_batch(module: ModuleType, raised: type[BaseException]) -> None:
     log: list[bytes] = []
