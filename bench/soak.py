@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="at most (default: %(default)s)")
     parser.add_argument("--burst", type=int, default=50, metavar="N", help="sent in a row (default: %(default)s)")
     parser.add_argument(
-        "--window", type=int, default=150, metavar="N", help="sent and not handled (default: %(default)s)"
+        "--window", type=int, default=100, metavar="N", help="sent and not handled (default: %(default)s)"
     )
     parser.add_argument("--gather-replies", action="store_true")
     options = parser.parse_args(argv)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -388,6 +389,17 @@ def test_a_forking_server_answers_every_datagram_once(impl: str, gather: bool) -
     assert run_script(impl, FORKING.replace("GATHER", str(gather))) == ["True 20"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("options", [[], ["--gather-replies"], ["--window", "1000000"]], ids=["", "gather", "flood"])
+def test_a_short_soak_adds_up(impl: str, options: list[str]) -> None:
+    soak = Path(__file__).parent.parent / "bench" / "soak.py"
+    environment = dict(os.environ, FASTSERVE_NO_EXTENSIONS=str(int(impl == "py")))
+    command = [sys.executable, str(soak), "datagrams", "--requests", "5000", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "5,000 sent" in done.stdout
+
+
 # The twins
 
 
@@ -397,6 +409,19 @@ def loopback() -> tuple[socket.socket, socket.socket]:
     sender = socket.socket(type=socket.SOCK_DGRAM)
     sender.connect(receiver.getsockname())
     return receiver, sender
+
+
+@pytest.mark.parametrize("timeout", [0.0, 20.0])
+def test_a_listener_with_a_timeout_does_not_wait_for_more_datagrams(impl: str, timeout: float) -> None:
+    log: list[bytes] = []
+    begun = time.monotonic()
+    with fastserve.UDPServer(ADDRESS, logging_handler(fastserve, log, stop_after(3, log))) as server:
+        server.socket.settimeout(timeout)
+        with client_of(server) as client:
+            sent = send_numbers(client, 3)
+            server.serve_forever(30)
+    assert log == sent
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("twin", sorted(TWINS))

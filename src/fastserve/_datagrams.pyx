@@ -372,7 +372,8 @@ cdef class Gatherer:
     cdef sockaddr_storage _names[MOST]
     cdef Py_ssize_t _first, _count  # those from the first on are not sent yet
     cdef int _family
-    cdef unsigned long _thread  # 0 while replies go out at once
+    cdef unsigned long _thread  # that which gathers, or 0
+    cdef bint _flushing
     # The last address that was translated.
     cdef object _last
     cdef sockaddr_storage _last_name
@@ -393,7 +394,8 @@ cdef class Gatherer:
             self._messages[i].msg_hdr.msg_iovlen = 1
 
     def begin(self):
-        self._thread = PyThread_get_thread_ident()
+        if self._thread == 0:
+            self._thread = PyThread_get_thread_ident()
 
     def end(self):
         if self._thread != PyThread_get_thread_ident():
@@ -408,12 +410,13 @@ cdef class Gatherer:
 
     def forget(self):
         self._thread = 0
+        self._flushing = False
         self._first = self._count = 0
         self._replies = []
 
     def sendto(self, data, flags, address=_absent, /):
         cdef socklen_t length
-        if self._thread == 0 or self._thread != PyThread_get_thread_ident():
+        if self._flushing or self._thread != PyThread_get_thread_ident():
             return self._pass_on(data, flags, address)
         if address is not _absent or (type(data) is not bytes and type(data) is not bytearray):
             self.flush()
@@ -483,12 +486,12 @@ cdef class Gatherer:
         return sizeof(sockaddr_in6) if _is_written(AF_INET6, address[0], &inet6.sin6_addr) else 0
 
     cpdef flush(self):
-        cdef unsigned long thread = self._thread
         cdef int descriptor
         cdef int result = 0
-        if self._first == self._count or thread != PyThread_get_thread_ident():
+        cdef bint waited = False
+        if self._first == self._count or self._flushing or self._thread != PyThread_get_thread_ident():
             return
-        self._thread = 0  # what a handler of signals or errors sends meanwhile goes out at once
+        self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
         replies = self._replies
         try:
             while self._first < self._count:
@@ -499,10 +502,12 @@ cdef class Gatherer:
                     )
                 if result >= 0:
                     self._first += result
+                    waited = False
                 elif result == -EINTR:
                     PyErr_CheckSignals()
                 elif result == -EAGAIN:
-                    _wait_writable(descriptor)
+                    _wait_writable(descriptor, waited)
+                    waited = True
                 else:
                     data, address = replies[self._first]
                     self._first += 1
@@ -510,8 +515,7 @@ cdef class Gatherer:
             self._first = self._count = 0
             replies.clear()
         finally:
-            if self._replies is replies:  # else this is a forked child by now
-                self._thread = thread
+            self._flushing = False
 
 
 cdef bint _is_number(object value, unsigned long highest):
@@ -528,14 +532,18 @@ cdef bint _is_written(int family, str host, void *binary) except -1:
     return <size_t>size == strlen(text) and inet_pton(family, text, binary) == 1
 
 
-cdef int _wait_writable(int descriptor) except -1:
+cdef int _wait_writable(int descriptor, bint in_vain) except -1:
+    """Wait until a socket takes more; a millisecond, if it said so before and took nothing.
+
+    A Unix socket counts as writable while the queue of the peer is full.
+    """
     cdef pollfd waited
     cdef int result
     waited.fd = descriptor
     waited.events = POLLOUT
     waited.revents = 0
     with nogil:
-        result = fs_poll(&waited, 1, -1)
+        result = fs_poll(&waited, 0, 1) if in_vain else fs_poll(&waited, 1, -1)
     if result == -EINTR:
         PyErr_CheckSignals()
     elif result < 0:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -39,6 +39,8 @@ class Receiver:
         :raises OSError: what recvfrom(2) says, if there was no datagram before it.
         """
         received: list[Request] = []
+        if listener.gettimeout():
+            count = 1  # with a timeout the second call would wait for its end, whatever the flag says
         while len(received) < count:
             try:
                 data, _, flags, address = listener.recvmsg(size, 0, _DONT_WAIT)
@@ -97,11 +99,13 @@ class Gatherer:
         self._listener = listener
         self._report = report
         self._replies: deque[tuple[bytes, Any]] = deque()
-        self._thread = 0  # 0 while replies go out at once
+        self._thread = 0  # that which gathers, or 0
+        self._flushing = False
 
     def begin(self) -> None:
-        """Gather from now on what the calling thread sends."""
-        self._thread = threading.get_ident()
+        """Gather from now on what the calling thread sends, unless another one gathers already."""
+        if self._thread == 0:
+            self._thread = threading.get_ident()
 
     def end(self) -> None:
         """Send what was gathered, and gather no more. In another thread it does nothing."""
@@ -118,6 +122,7 @@ class Gatherer:
     def forget(self) -> None:
         """Drop what was gathered: in a forked child, whose parent sends it."""
         self._thread = 0
+        self._flushing = False
         self._replies = deque()
 
     def sendto(self, data: Any, flags: Any, /, *address: Any) -> int:
@@ -125,7 +130,7 @@ class Gatherer:
 
         :raises OSError: only if it is sent at once; else ``report`` gets the error.
         """
-        if self._thread == 0 or self._thread != threading.get_ident():
+        if self._flushing or self._thread != threading.get_ident():
             return self._listener.sendto(data, flags, *address)
         if address or not isinstance(data, (bytes, bytearray)) or len(data) > LONGEST or not self._is_known(flags):
             self.flush()
@@ -162,18 +167,18 @@ class Gatherer:
 
         Raises what a signal handler or ``report`` raises; the rest is still gathered then.
         """
-        thread = self._thread
-        if not self._replies or thread != threading.get_ident():
+        if not self._replies or self._flushing or self._thread != threading.get_ident():
             return
-        self._thread = 0  # what a handler of signals or errors sends meanwhile goes out at once
+        self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
         replies = self._replies
         try:
             while replies:
                 data, address = replies[0]
                 try:
                     self._listener.sendto(data, address)
-                except BlockingIOError:
-                    select.select((), (self._listener,), ())
+                except (BlockingIOError, TimeoutError):
+                    # select() says of a Unix socket that it is writable while the queue of the peer is full.
+                    time.sleep(0.001)
                     continue
                 except OSError as error:
                     replies.popleft()
@@ -181,5 +186,4 @@ class Gatherer:
                 else:
                     replies.popleft()
         finally:
-            if self._replies is replies:  # else this is a forked child by now
-                self._thread = thread
+            self._flushing = False
