@@ -22,10 +22,8 @@ def extensions() -> list[Extension]:
     from Cython.Build import cythonize
 
     headers = [
-        "src/fastserve/_compat.h",
-        "src/fastserve/_load.h",
-        "src/fastserve/_stacks.h",
-        "src/fastserve/_syscalls.pxd",
+        f"src/fastserve/{name}"
+        for name in ("_addresses.pxd", "_compat.h", "_load.h", "_stacks.h", "_syscalls.pxd")
     ]
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]

@@ -108,6 +108,13 @@ def socketservers() -> list[Contender]:
     return found
 
 
+def gathering() -> Contender:
+    """Return fastserve's sync server with the attribute ``gather_replies``."""
+    command = (sys.executable, "-m", "fastserve.bench.server", "fastserve", "sync", "{handler}", "--gather-replies")
+    environment = {"FASTSERVE_NO_EXTENSIONS": "0"}
+    return Contender("fastserve C sync, gathered", "fastserve", command, frozenset({"udp"}), "sync", environment)
+
+
 def others() -> list[Contender]:
     """Return what a user could take instead."""
     found = []
@@ -146,6 +153,7 @@ def slowed(microseconds: float) -> Contender:
 CONTENDERS = [
     Contender(LIMIT, "limit", (str(BUILT / "raw"), "{kind}"), ALL, quick=True, curve=True),
     *socketservers(),
+    gathering(),
     *others(),
 ]
 

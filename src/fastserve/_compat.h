@@ -1,4 +1,4 @@
-/* What differs between the POSIX systems, so that _core.pyx reads the same on all of them.
+/* What differs between the POSIX systems, so that the extensions read the same on all of them.
  *
  * Every fs_ function returns a value >= 0, or -errno. errno is read right after the system call: taking the
  * GIL back may change it.
@@ -139,6 +139,52 @@ static inline int fs_select(int highest, const fd_set *wanted, fd_set *ready, in
         limit.tv_usec = (milliseconds % 1000) * 1000;
     }
     FS_RESULT(select(highest + 1, ready, NULL, NULL, milliseconds < 0 ? NULL : &limit));
+}
+
+/* Datagrams in batches: recvmmsg(2) and sendmmsg(2) where they are, else their like, one call each. */
+#if defined(__linux__) || defined(__FreeBSD__)
+#  define FS_HAVE_MMSG 1
+typedef struct mmsghdr fs_mmsghdr;
+#else
+#  define FS_HAVE_MMSG 0
+typedef struct { struct msghdr msg_hdr; unsigned int msg_len; } fs_mmsghdr;
+#endif
+
+/* Receive what is there, without waiting. An error after the first datagram is stored in *later, or comes with the
+ * next call. */
+static inline int fs_recvmmsg(int fd, fs_mmsghdr *messages, unsigned int count, int *later)
+{
+    *later = 0;
+#if FS_HAVE_MMSG
+    FS_RESULT(recvmmsg(fd, messages, count, MSG_DONTWAIT, NULL));
+#else
+    for (unsigned int i = 0; i < count; i++) {
+        ssize_t size = recvmsg(fd, &messages[i].msg_hdr, MSG_DONTWAIT);
+        if (size < 0) {
+            if (i == 0)
+                return -errno;
+            if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+                *later = errno;
+            return (int)i;
+        }
+        messages[i].msg_len = (unsigned int)size;
+    }
+    return (int)count;
+#endif
+}
+
+/* Send; return how many were sent, or the error of the first. The first of the rest tells the error of a later one. */
+static inline int fs_sendmmsg(int fd, fs_mmsghdr *messages, unsigned int count)
+{
+#if FS_HAVE_MMSG
+    FS_RESULT(sendmmsg(fd, messages, count, 0));
+#else
+    for (unsigned int i = 0; i < count; i++) {
+        if (sendmsg(fd, &messages[i].msg_hdr, 0) < 0)
+            return i == 0 ? -errno : (int)i;
+    }
+    return (int)count;
+#endif
 }
 
 static inline int fs_is_closed(int fd)

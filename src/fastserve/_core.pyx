@@ -9,7 +9,6 @@ import socket as _socket_module
 
 import _socket
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENOENT, EPERM
 from libc.math cimport ceil
@@ -18,22 +17,18 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from fastserve._addresses cimport address_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE,
     FD_ZERO, FS_HAVE_EPOLL, FS_HAVE_EVENTFD, POLLIN, close_descriptor, epoll_event, fd_set, fs_accept,
     fs_epoll_create, fs_epoll_ctl, fs_epoll_wait, fs_eventfd, fs_is_closed, fs_poll, fs_read, fs_select,
-    fs_socketpair, fs_write, inet_ntop, nfds_t, ntohl, ntohs, pollfd, sockaddr, sockaddr_in, sockaddr_in6,
-    sockaddr_storage, sockaddr_un, socklen_t,
+    fs_socketpair, fs_write, nfds_t, pollfd, sockaddr, sockaddr_storage, socklen_t,
 )
-
-cdef extern from "Python.h":
-    unicode PyUnicode_DecodeFSDefault(const char *)
 
 HAVE_EPOLL = bool(FS_HAVE_EPOLL)
 
 cdef enum:
-    MAX_EVENTS = 64           # events taken from the kernel at a time
-    ADDRESS_TEXT = 64         # bytes; INET6_ADDRSTRLEN is 46
+    MAX_EVENTS = 64  # events taken from the kernel at a time
 
 cdef double MAX_WAIT = 2000000.0  # seconds; poll(2) and epoll_wait(2) count milliseconds in an int
 
@@ -306,31 +301,6 @@ def wait_readable(int fd, timeout):
         _interrupted(result)
 
 
-cdef object _address(sockaddr_storage *storage, socklen_t length, int family):
-    """Make of a peer's address what ``socket.accept()`` makes of it."""
-    cdef char text[ADDRESS_TEXT]
-    cdef sockaddr_in *inet
-    cdef sockaddr_in6 *inet6
-    cdef sockaddr_un *local
-    cdef int size
-    if family == AF_INET:
-        inet = <sockaddr_in *>storage
-        inet_ntop(AF_INET, &inet.sin_addr, text, ADDRESS_TEXT)
-        return (text.decode("ascii"), ntohs(inet.sin_port))
-    if family == AF_INET6:
-        inet6 = <sockaddr_in6 *>storage
-        inet_ntop(AF_INET6, &inet6.sin6_addr, text, ADDRESS_TEXT)
-        return (
-            text.decode("ascii"), ntohs(inet6.sin6_port), ntohl(inet6.sin6_flowinfo), inet6.sin6_scope_id
-        )
-    local = <sockaddr_un *>storage
-    size = <int>length - <int>(<char *>local.sun_path - <char *>local)
-    if size > 0 and local.sun_path[0] == 0:
-        return PyBytes_FromStringAndSize(local.sun_path, size)  # Linux's abstract names are bytes
-    # The storage was zeroed and is larger than a sockaddr_un: the path ends in a null byte, or is empty.
-    return PyUnicode_DecodeFSDefault(local.sun_path)
-
-
 def accept(listener):
     """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
     cdef sockaddr_storage storage
@@ -361,7 +331,7 @@ def accept(listener):
         else:
             raise _error(-result)
     try:
-        address = _address(&storage, length, family)
+        address = address_of(&storage, length, family)
         request = _plain_socket(family, _type_of(listener), _proto_of(listener), result)
     except BaseException:
         close_descriptor(result)

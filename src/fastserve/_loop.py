@@ -394,11 +394,12 @@ STATE: Final = "_fastserve_state"  # the key in the server's __dict__
 class State:
     """What a server remembers of its loops. It is made lazily: ``__init__`` may have been mocked away."""
 
-    __slots__ = ("loops", "shut_down")
+    __slots__ = ("datagrams", "loops", "shut_down")
 
     def __init__(self) -> None:
         self.loops: list[Loop | SelectorLoop] = []  # those that run, one for each thread in serve_forever
         self.shut_down = False  # whether shutdown() was ever called
+        self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams
 
     @classmethod
     def of(cls, server: Any) -> State:
@@ -431,6 +432,10 @@ class ServingEvent(threading.Event):
     """
 
     _server: tuple[int, int] | None = None  # process and thread that cleared it last
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made_in = os.getpid()  # the process in which the constructor of the server ran
 
     def clear(self) -> None:
         """Note who serves, and make threads wait."""

@@ -1,4 +1,4 @@
-# The C declarations that the core uses. Every fs_ function returns a value >= 0, or -errno.
+# The C declarations that the extensions use. Every fs_ function returns a value >= 0, or -errno.
 
 from libc.stdint cimport uint32_t
 
@@ -14,6 +14,8 @@ cdef extern from "_compat.h" nogil:
         EPOLL_CTL_ADD
         EPOLL_CTL_DEL
         POLLIN
+        POLLOUT
+        MSG_TRUNC
 
     ctypedef unsigned int socklen_t
     ctypedef unsigned long nfds_t
@@ -51,20 +53,41 @@ cdef extern from "_compat.h" nogil:
         pass
 
     struct sockaddr_in:
+        unsigned short sin_family
         unsigned short sin_port
         in_addr sin_addr
 
     struct sockaddr_in6:
+        unsigned short sin6_family
         unsigned short sin6_port
         uint32_t sin6_flowinfo
         in6_addr sin6_addr
         uint32_t sin6_scope_id
 
     struct sockaddr_un:
+        unsigned short sun_family
         char sun_path[1]
 
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+    struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        int msg_flags
+
+    ctypedef struct fs_mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+
     unsigned short ntohs(unsigned short)
+    unsigned short htons(unsigned short)
     uint32_t ntohl(uint32_t)
+    uint32_t htonl(uint32_t)
+    int inet_pton(int, const char *, void *)
     const char *inet_ntop(int, const void *, char *, socklen_t)
     int close_descriptor "close"(int)
 
@@ -76,6 +99,8 @@ cdef extern from "_compat.h" nogil:
     int fs_epoll_wait(int, epoll_event *, int, int)
     int fs_poll(pollfd *, nfds_t, int)
     int fs_select(int, const fd_set *, fd_set *, int)
+    int fs_recvmmsg(int, fs_mmsghdr *, unsigned int, int *)
+    int fs_sendmmsg(int, fs_mmsghdr *, unsigned int)
     int fs_is_closed(int)
     int fs_write(int, const void *, size_t)
     int fs_read(int, void *, size_t)

@@ -13,7 +13,7 @@ import socketserver
 from collections.abc import Callable
 from typing import Any, Final, Self
 
-from fastserve import _backend, pollers
+from fastserve import _backend, datagrams, pollers
 from fastserve._loop import (
     STATE,
     State,
@@ -129,6 +129,7 @@ class BaseServer(socketserver.BaseServer):
         """
         state = State.of(self)
         loop = new_loop(self)
+        batches = _new_batches(self, loop)
         self.__is_shut_down.clear()
         # From here on shutdown() waits for this call, even though it may not have begun to wait.
         state.loops.append(loop)
@@ -137,15 +138,22 @@ class BaseServer(socketserver.BaseServer):
                 loop.open()
                 loop.ticks = loop.ticks or not _flag_wakes(self)
                 while not (self.__shutdown_request or loop.stopping):
-                    ready = loop.wait(idle_timeout(self, loop, poll_interval))
+                    if batches is not None and batches.are_pending():
+                        ready = True
+                    else:
+                        ready = loop.wait(idle_timeout(self, loop, poll_interval))
                     if self.__shutdown_request or loop.stopping:  # bpo-35017: no request is begun after shutdown()
                         break
-                    if ready:
+                    if ready and batches is not None:
+                        batches.handle()
+                    elif ready:
                         self._handle_request_noblock()
                     self.service_actions()
         finally:
             self.__shutdown_request = False
             try:
+                if batches is not None:
+                    batches.close()
                 loop.close()
             finally:
                 self.__is_shut_down.set()
@@ -176,7 +184,7 @@ class BaseServer(socketserver.BaseServer):
 
         :raises ValueError: if the server is closed.
         """
-        if pollers.wait_for_request(self, request_timeout(self)):
+        if datagrams.are_kept(self) or pollers.wait_for_request(self, request_timeout(self)):
             self._handle_request_noblock()
         else:
             self.handle_timeout()
@@ -320,6 +328,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
     def server_close(self) -> None:
         """Close the listener. May be extended."""
         self.socket.close()
+        datagrams.drop(self)
 
     def fileno(self) -> int:
         """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""
@@ -354,7 +363,18 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
     A request is the pair ``(data, socket)``: the bytes of the datagram and the listener, to answer with.
 
+    :meth:`serve_forever` takes datagrams off the socket in batches, and handles them one by one. Those that it has
+    taken when it ends are kept, and served by the next ``serve_forever()`` or ``handle_request()``.
+
     :cvar max_packet_size: bytes that are taken of a datagram, 8192 by default; the kernel drops the rest.
+    :cvar max_batch: datagrams that are taken at a time, 64 by default. It is 1 where other processes receive from
+        the same socket: with ``ForkingMixIn``, and in a forked child that did not make the server itself.
+    :cvar gather_replies: whether the replies to one batch are sent together, ``False`` by default. It costs less,
+        but a reply waits for the handlers of the batch, and what fails goes to :meth:`handle_error`, with the
+        reply in the place of the request, instead of being raised by ``sendto``.
+    :ivar truncated_datagrams: how many datagrams were longer than :attr:`max_packet_size`. The first is reported
+        on standard error.
+    :ivar dropped_datagrams: how many datagrams :meth:`server_close` found that were taken and not handled.
     """
 
     allow_reuse_address = False
@@ -365,10 +385,20 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
     max_packet_size = 8192
 
+    max_batch = datagrams.MAX_BATCH
+
+    gather_replies = False
+
+    truncated_datagrams = 0
+
+    dropped_datagrams = 0
+
     def get_request(self) -> tuple[tuple[bytes, socket.socket], Any]:  # type: ignore[override]
-        """Receive a datagram; return ``((data, socket), client_address)``. May be overridden."""
-        data, client_address = self.socket.recvfrom(self.max_packet_size)
-        return (data, self.socket), client_address
+        """Return a datagram, ``((data, socket), client_address)``: one that was kept, or the next to be received.
+
+        Called when nothing has arrived it waits. It may be overridden; there are no batches then.
+        """
+        return datagrams.get_request(self)
 
     def server_activate(self) -> None:
         """Do nothing: a datagram socket does not listen."""
@@ -382,6 +412,29 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
 
 _OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
+
+# What a loop need not call for each datagram, as long as it is not overridden: it knows what they do.
+_OWN_OF_DATAGRAMS: Final = {
+    name: getattr(UDPServer, name)
+    for name in (
+        "_handle_request_noblock",
+        "get_request",
+        "verify_request",
+        "process_request",
+        "finish_request",
+        "shutdown_request",
+        "close_request",
+        "service_actions",
+    )
+}
+
+
+def _new_batches(server: Any, loop: Any) -> datagrams.Batches | None:
+    """Return the batches of one ``serve_forever`` of a datagram server, ``None`` for another server."""
+    if not isinstance(server, socketserver.UDPServer):
+        return None
+    return datagrams.Batches(server, loop, vars(BaseServer)[_SHUTDOWN_REQUEST], _OWN_OF_DATAGRAMS)
+
 
 quiet_service_actions[BaseServer.service_actions] = lambda server, loop: True
 

@@ -1,7 +1,7 @@
 """The process that serves a handler for a measurement: ``python -m fastserve.bench.server``.
 
-    python -m fastserve.bench.server stdlib|fastserve sync|threads|threadpool|fork MODULE:HANDLER [--udp]
-        [--max-workers N]
+    python -m fastserve.bench.server stdlib|fastserve sync|threads|threadpool|fork MODULE:HANDLER
+        [--udp [--gather-replies]] [--max-workers N]
 
 It prints the port that it serves on 127.0.0.1, and nothing else: what the handler prints is dropped. Under
 ``stdlib`` the handler gets the stdlib's classes even if its module imports fastserve; under ``fastserve`` it gets
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target")
     parser.add_argument("--udp", action="store_true")
     parser.add_argument("--max-workers", type=positive)
+    parser.add_argument("--gather-replies", action="store_true", help="set the attribute of the datagram servers")
     options = parser.parse_args(argv)
     told = _keep_standard_output()
     module: Any = fastserve
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         daemon_threads = True
         block_on_close = False
         max_workers = options.max_workers
+        gather_replies = options.gather_replies
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(0)

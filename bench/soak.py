@@ -1,0 +1,156 @@
+"""Serve for long, and see that nothing is lost and nothing is left: ``python bench/soak.py datagrams --help``.
+
+``datagrams`` sends datagrams through a ``UDPServer`` and compares what was sent with what was handled and what the
+kernel dropped (``/proc/net/udp``), and descriptors, threads and memory before and after. It ends with status 1 if
+something does not add up. It needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import fastserve
+
+WARM_UP = 20_000  # requests after which memory is looked at first
+GROWTH = 4096  # KiB that a process may grow from then on
+
+
+def resources() -> dict[str, int]:
+    """Return what this process holds: descriptors, threads, and KiB of memory."""
+    gc.collect()
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "KiB": int(fields["VmRSS"].split()[0]),
+    }
+
+
+def kernel_drops(port: int) -> int:
+    """Return how many datagrams the kernel has dropped at a port of IPv4, because nobody took them."""
+    with open("/proc/net/udp") as table:
+        next(table)
+        for line in table:
+            words = line.split()
+            if int(words[1].partition(":")[2], 16) == port:
+                return int(words[-1])
+    raise LookupError(f"no socket on port {port}")
+
+
+class Counted(fastserve.BaseRequestHandler):
+    """Count a datagram, and answer it."""
+
+    def handle(self) -> None:
+        data, listener = self.request
+        self.server.handled += 1
+        listener.sendto(data, self.client_address)
+
+
+class Server(fastserve.UDPServer):
+    """Knows how many datagrams were handled."""
+
+    handled = 0
+
+
+def soak_datagrams(options: argparse.Namespace) -> list[str]:
+    """Send datagrams, at most ``window`` ahead of the server; return what does not add up."""
+    faults: list[str] = []
+    Server.gather_replies = options.gather_replies
+    begun = time.monotonic()
+    before = resources()
+    with Server(("127.0.0.1", 0), Counted) as server, socket.socket(type=socket.SOCK_DGRAM) as client:
+        port = server.server_address[1]
+        client.connect(server.server_address)
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        warm: dict[str, int] = {}
+        sent = answered = 0
+        while sent < options.requests and time.monotonic() - begun < options.seconds:
+            for _ in range(options.burst):
+                client.send(b"%d" % sent)
+                sent += 1
+            answered += drain(client)
+            lag(server, sent - options.window, port)
+            if not warm and sent >= WARM_UP:
+                lag(server, sent, port)
+                warm = resources()
+        lag(server, sent, port)
+        after = resources()
+        answered += drain(client, 0.2)
+        dropped = kernel_drops(port)
+        server.shutdown()
+        serving.join()
+        took = time.monotonic() - begun
+    end = resources()
+    print(
+        f"datagrams: {sent:,} sent, {server.handled:,} handled, {dropped:,} dropped by the kernel, {answered:,} "
+        f"answers seen, {took:.1f} s; {fastserve.implementation}"
+    )
+    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
+        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    if server.handled + dropped != sent:
+        faults.append(f"{sent - dropped - server.handled} datagrams that the kernel delivered were not handled")
+    for name in ("descriptors", "threads"):
+        if end[name] != before[name]:
+            faults.append(f"{before[name]} {name} before, {end[name]} after")
+    if warm and after["KiB"] - warm["KiB"] > GROWTH:
+        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
+    return faults
+
+
+def lag(server: Server, number: int, port: int) -> None:
+    """Wait until so many datagrams were handled or dropped by the kernel, at most 10 s."""
+    begun = time.monotonic()
+    while server.handled < number:
+        waited = time.monotonic() - begun
+        if waited > 10 or (waited > 0.05 and server.handled + kernel_drops(port) >= number):
+            return
+        time.sleep(0.0001)
+
+
+def drain(client: socket.socket, timeout: float = 0.0) -> int:
+    """Receive the answers that are there, and return how many."""
+    client.settimeout(timeout)
+    count = 0
+    try:
+        while client.recv(100):
+            count += 1
+    except (BlockingIOError, TimeoutError):
+        pass  # no more answers
+    client.settimeout(None)
+    return count
+
+
+SOAKS = {"datagrams": soak_datagrams}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the options say; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bench/soak.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=SOAKS)
+    parser.add_argument("--requests", type=int, default=2_000_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=300, metavar="S", help="at most (default: %(default)s)")
+    parser.add_argument("--burst", type=int, default=50, metavar="N", help="sent in a row (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=int, default=100, metavar="N", help="sent and not handled (default: %(default)s)"
+    )
+    parser.add_argument("--gather-replies", action="store_true")
+    options = parser.parse_args(argv)
+    faults = SOAKS[options.what](options)
+    for fault in faults:
+        print(f"bench/soak.py: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
