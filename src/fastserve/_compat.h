@@ -156,4 +156,17 @@ static inline int fs_read(int fd, void *data, size_t size)
     FS_RESULT(read(fd, data, size));
 }
 
+/* recv(2) and send(2): their sizes may be more than an int holds. */
+static inline ssize_t fs_recv(int fd, void *data, size_t size, int flags)
+{
+    ssize_t result = recv(fd, data, size, flags);
+    return result < 0 ? -errno : result;
+}
+
+static inline ssize_t fs_send(int fd, const void *data, size_t size, int flags)
+{
+    ssize_t result = send(fd, data, size, flags);
+    return result < 0 ? -errno : result;
+}
+
 #endif

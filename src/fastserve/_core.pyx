@@ -331,7 +331,7 @@ cdef object _address(sockaddr_storage *storage, socklen_t length, int family):
     return PyUnicode_DecodeFSDefault(local.sun_path)
 
 
-def accept(listener):
+def accept(listener, request_class=_plain_socket):
     """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
@@ -362,7 +362,7 @@ def accept(listener):
             raise _error(-result)
     try:
         address = _address(&storage, length, family)
-        request = _plain_socket(family, _type_of(listener), _proto_of(listener), result)
+        request = request_class(family, _type_of(listener), _proto_of(listener), result)
     except BaseException:
         close_descriptor(result)
         raise
