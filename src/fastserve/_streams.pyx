@@ -16,8 +16,9 @@ from io import BufferedReader as _BufferedReader
 
 import _socket
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, EINTR
 from libc.math cimport ceil
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -32,7 +33,6 @@ cdef object _plain_init = _plain_socket.__init__
 cdef object _plain_makefile = _plain_socket.makefile
 cdef object _SocketIO = _socket_module.SocketIO
 cdef object _SocketIO_readinto = _SocketIO.readinto
-cdef object _SocketIO_close = _SocketIO.close
 cdef object _StdlibWriter = _socketserver._SocketWriter
 cdef object _raw_close = _socket_module.io.RawIOBase.close
 
@@ -153,6 +153,12 @@ class SocketReader(_Reader, _SocketIO):
     _timeout_occurred = False
 
 
+cdef object _write_all(object sock, object b):
+    sock.sendall(b)
+    with memoryview(b) as view:
+        return view.nbytes
+
+
 @cython.auto_pickle(False)
 cdef class _Writer:
     """The methods of :class:`_SocketWriter`."""
@@ -165,33 +171,33 @@ cdef class _Writer:
 
     def write(self, b):
         cdef Py_buffer view
-        cdef Py_ssize_t result, size
+        cdef Py_ssize_t sent
         cdef int fd, flags
         cdef object sock = self._sock
         cdef object cls = type(sock)
         if (cls is not Connection and cls is not _plain_socket) or cls.sendall is not _sendall:
-            sock.sendall(b)
-            with memoryview(b) as whole:
-                return whole.nbytes
+            return _write_all(sock, b)
         try:
             PyObject_GetBuffer(b, &view, PyBUF_SIMPLE)
         except Exception:
-            sock.sendall(b)  # which has its own words for it
-            raise
+            return _write_all(sock, b)  # which has its own words for it
         try:
-            size = view.len
+            if view.len == 0:
+                return _write_all(sock, b)
+            # The descriptor need not be non-blocking: another object may have changed it.
             flags = 0 if _timeout_of(sock) is None else MSG_DONTWAIT
             fd = _descriptor_of(sock)
             with nogil:
-                result = fs_send(fd, view.buf, size, flags)
-            if result < 0 and result != -EAGAIN and result != -EINTR:
-                raise _error(-result)
+                sent = fs_send(fd, view.buf, view.len, flags)
+            if sent < 0:
+                if sent != -EAGAIN and sent != -EINTR:
+                    raise _error(-sent)
+                sent = 0
             PyErr_CheckSignals()  # as sendall() does after every part
-            if result < size or size == 0:
-                # Nothing or a part, without having waited: a timeout begins here.
-                with memoryview(b) as whole, whole.cast("B") as octets, octets[max(result, 0):] as rest:
-                    _sendall(sock, rest)
-            return size
+            if sent < view.len:
+                # There was no wait yet: the time that sendall() may take begins now.
+                _sendall(sock, PyMemoryView_FromMemory(<char *>view.buf + sent, view.len - sent, PyBUF_READ))
+            return view.len
         finally:
             PyBuffer_Release(&view)
 
