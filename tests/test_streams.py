@@ -58,6 +58,11 @@ def pair(kind: str) -> Iterator[tuple[socket.socket, socket.socket]]:
         yield both
 
 
+def raw_file(connection: socket.socket) -> Any:
+    """Return the file beneath the buffer of ``makefile("rb")``."""
+    return connection.makefile("rb").detach()  # type: ignore[attr-defined]
+
+
 Pair = tuple[socket.socket, socket.socket]
 
 # The connection itself
@@ -273,10 +278,10 @@ def test_every_method_of_a_closed_file_raises_what_it_raises(kind: str) -> None:
     found = []
     for each in ("stdlib", kind):
         with connected(each) as (connection, _):
-            raw: Any = connection.makefile("rb", 0)
+            raw = raw_file(connection)
             raw.close()
-            written = outcome(connection.makefile("rb", 0).write, b"x")
-            marked: Any = connection.makefile("rb", 0)
+            written = outcome(raw_file(connection).write, b"x")
+            marked = raw_file(connection)
             io.RawIOBase.close(marked)  # the mark alone: it still has its socket
             found.append((tried(raw), outcome(marked.readinto, bytearray(1)), written))
             connection._decref_socketios()  # type: ignore[attr-defined]
@@ -285,7 +290,7 @@ def test_every_method_of_a_closed_file_raises_what_it_raises(kind: str) -> None:
 
 def test_closing_order_and_reference_counts(pair: Pair) -> None:
     connection, other = pair
-    first, second, raw = (connection.makefile("rb", size) for size in (-1, 100, 0))
+    first, second, raw = (connection.makefile("rb", size) for size in (-1, 100, 0))  # the last is a raw file
     assert connection._io_refs == 3  # type: ignore[attr-defined]
     fd = connection.fileno()
     other.sendall(b"one\ntwo\n")
@@ -373,7 +378,7 @@ def test_a_read_that_would_block_returns_none(pair: Pair, timeout: float | None)
     connection, other = pair
     connection.settimeout(timeout)
     os.set_blocking(connection.fileno(), False)
-    raw: Any = connection.makefile("rb", 0)
+    raw = raw_file(connection)
     rfile = connection.makefile("rb")
     with raw, rfile:
         assert raw.readinto(bytearray(3)) is None
@@ -415,7 +420,7 @@ def test_a_reset_connection_raises(kind: str) -> None:
 def test_readinto_takes_what_recv_into_takes(kind: str, room: Any) -> None:
     found = []
     for each in ("stdlib", kind):
-        with connected(each) as (connection, other), connection.makefile("rb", 0) as raw:
+        with connected(each) as (connection, other), raw_file(connection) as raw:
             other.sendall(b"abc")
             found.append((outcome(raw.readinto, room), raw.read(3)))  # type: ignore[attr-defined]
     assert found[0] == found[1]
@@ -424,7 +429,7 @@ def test_readinto_takes_what_recv_into_takes(kind: str, room: Any) -> None:
 def test_readinto_fills_only_contiguous_memory(kind: str) -> None:
     found = []
     for each in ("stdlib", kind):
-        with connected(each) as (connection, other), connection.makefile("rb", 0) as raw:
+        with connected(each) as (connection, other), raw_file(connection) as raw:
             other.sendall(b"abcdef")
             room = bytearray(6)
             strided = outcome(raw.readinto, memoryview(room)[::2])  # type: ignore[attr-defined]
@@ -503,7 +508,7 @@ def test_a_stream_arrives_as_it_was_sent_however_it_is_cut(pair: Pair, size: int
 
 def test_closing_the_connection_while_another_thread_reads(pair: Pair) -> None:
     connection, other = pair
-    raw: Any = connection.makefile("rb", 0)
+    raw = raw_file(connection)
     results: list[Any] = []
     reader = threading.Thread(target=lambda: results.append(outcome(raw.readinto, bytearray(10))))
     reader.start()

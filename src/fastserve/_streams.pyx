@@ -163,9 +163,6 @@ cdef object _write_all(object sock, object b):
 cdef class _Writer:
     """The methods of :class:`_SocketWriter`."""
 
-    def __init__(self, sock):
-        self._sock = sock
-
     def writable(self):
         return True
 
@@ -209,22 +206,19 @@ class _SocketWriter(_Writer, _StdlibWriter):
     __module__ = "fastserve.streams"
     __new__ = _StdlibWriter.__new__
 
+    # A method of an extension class would not tell its parameters, nor could it be replaced.
+    def __init__(self, sock):
+        self._sock = sock
+
 
 @cython.auto_pickle(False)
 cdef class _Connection:
     """The methods of :class:`Connection`."""
 
-    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
-        if fileno is None or _plain_socket.__init__ is not _plain_init:
-            _plain_socket.__init__(self, family, type, proto, fileno)
-        else:
-            _init_socket(self, family, type, proto, fileno)
-            self._io_refs = 0
-            self._closed = False
-
     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
         if (
             mode != "rb"
+            or buffering == 0
             or _plain_socket.makefile is not _plain_makefile
             or _socket_module.SocketIO is not _SocketIO
             or _SocketIO.readinto is not _SocketIO_readinto
@@ -237,8 +231,6 @@ cdef class _Connection:
         self._io_refs += 1
         if buffering is None or buffering < 0:
             buffering = _socket_module.io.DEFAULT_BUFFER_SIZE
-        if buffering == 0:
-            return raw
         return _BufferedReader(raw, buffering)
 
 
@@ -246,6 +238,14 @@ class Connection(_Connection, _plain_socket):
     __module__ = "fastserve.streams"
     __slots__ = ()
     __new__ = _plain_socket.__new__
+
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        if fileno is None or _plain_socket.__init__ is not _plain_init:
+            _plain_socket.__init__(self, family, type, proto, fileno)
+        else:
+            _init_socket(self, family, type, proto, fileno)
+            self._io_refs = 0
+            self._closed = False
 
     def __reduce_ex__(self, protocol):
         # A method in C has no frame of its own.

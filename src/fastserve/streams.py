@@ -12,12 +12,15 @@ from fastserve import _backend
 _std: Any = socketserver  # its type stub does not list the private names
 
 _STDLIB_WRITER: Final[type[BufferedIOBase]] = _std._SocketWriter
+_STDLIB_WRITE: Final = _STDLIB_WRITER.write
 
 Connection = _backend.streams.Connection
 _SocketWriter = _backend.streams._SocketWriter
 
 
 def writer_class() -> Callable[[Any], BufferedIOBase]:
-    """Return the class of an unbuffered ``wfile``: ours, unless ``socketserver._SocketWriter`` was replaced."""
-    found: Callable[[Any], BufferedIOBase] = _std._SocketWriter
-    return _backend.streams._SocketWriter if found is _STDLIB_WRITER else found
+    """Return the class of an unbuffered ``wfile``: ours, unless the stdlib's or its ``write`` was replaced."""
+    found: type[BufferedIOBase] = _std._SocketWriter
+    if found is _STDLIB_WRITER and found.write is _STDLIB_WRITE:
+        return _backend.streams._SocketWriter
+    return found
