@@ -34,7 +34,7 @@ KINDS = ["stdlib", *sorted(TWINS)]
 
 
 def connection_class(kind: str) -> Any:
-    return socket.socket if kind == "stdlib" else TWINS[kind]["streams"].Connection  # type: ignore[union-attr]
+    return socket.socket if kind == "stdlib" else TWINS[kind]["streams"].Connection
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def pair(kind: str) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def raw_file(connection: socket.socket) -> Any:
     """Return the file beneath the buffer of ``makefile("rb")``."""
-    return connection.makefile("rb").detach()  # type: ignore[attr-defined]
+    return connection.makefile("rb").detach()
 
 
 Pair = tuple[socket.socket, socket.socket]
@@ -74,9 +74,9 @@ def test_a_connection_is_a_socket_without_a_dict(pair: Pair) -> None:
     assert (connection.family, connection.type, connection.proto) == (other.family, other.type, other.proto)
     assert connection.gettimeout() is None and connection.getblocking()
     with pytest.raises(AttributeError):
-        connection.anything = 1  # type: ignore[attr-defined]
+        connection.anything = 1
     with pytest.raises(AttributeError):
-        connection.recv = None  # type: ignore[assignment, method-assign]
+        connection.recv = None
     assert weakref.ref(connection)() is connection
 
 
@@ -249,10 +249,10 @@ def test_makefile_takes_every_form(kind: str, form: tuple[tuple[Any, ...], dict[
     for each in ("stdlib", kind):
         with connected(each) as (connection, other):
             made = outcome(lambda it: it.makefile(*form[0], **form[1]), connection)
-            wait_until(lambda it=connection, one=made: it._io_refs == isinstance(one, io.IOBase))  # type: ignore[misc]
+            wait_until(lambda it=connection, one=made: it._io_refs == isinstance(one, io.IOBase))
             try:
                 if isinstance(made, io.IOBase) and not isinstance(made, io.BufferedRWPair | io.TextIOWrapper):
-                    assert made.fileno() == made.name == connection.fileno()  # type: ignore[attr-defined]
+                    assert made.fileno() == made.name == connection.fileno()
                 answer = None
                 if isinstance(made, io.IOBase) and made.readable():
                     other.sendall(b"line\n")
@@ -261,7 +261,7 @@ def test_makefile_takes_every_form(kind: str, form: tuple[tuple[Any, ...], dict[
             finally:
                 if isinstance(made, io.IOBase):
                     made.close()
-            assert connection._io_refs == 0  # type: ignore[attr-defined]
+            assert connection._io_refs == 0
     assert found[0] == found[1]
 
 
@@ -284,23 +284,23 @@ def test_every_method_of_a_closed_file_raises_what_it_raises(kind: str) -> None:
             marked = raw_file(connection)
             io.RawIOBase.close(marked)  # the mark alone: it still has its socket
             found.append((tried(raw), outcome(marked.readinto, bytearray(1)), written))
-            connection._decref_socketios()  # type: ignore[attr-defined]
+            connection._decref_socketios()
     assert found[0] == found[1]
 
 
 def test_closing_order_and_reference_counts(pair: Pair) -> None:
     connection, other = pair
     first, second, raw = (connection.makefile("rb", size) for size in (-1, 100, 0))  # the last is a raw file
-    assert connection._io_refs == 3  # type: ignore[attr-defined]
+    assert connection._io_refs == 3
     fd = connection.fileno()
     other.sendall(b"one\ntwo\n")
     connection.close()
     assert connection.fileno() == fd and first.readline() == b"one\n"
     first.close()
     first.close()
-    assert connection._io_refs == 2  # type: ignore[attr-defined]
+    assert connection._io_refs == 2
     del second
-    wait_until(lambda: connection._io_refs == 1)  # type: ignore[attr-defined]
+    wait_until(lambda: connection._io_refs == 1)
     assert connection.fileno() == fd
     raw.close()
     assert connection.fileno() == -1
@@ -311,7 +311,7 @@ def test_closing_order_and_reference_counts(pair: Pair) -> None:
 def test_detach_of_the_buffer_gives_the_raw_file(pair: Pair) -> None:
     connection, other = pair
     rfile = connection.makefile("rb")
-    raw: Any = rfile.detach()  # type: ignore[attr-defined]
+    raw: Any = rfile.detach()
     other.sendall(b"raw")
     room = bytearray(10)
     assert raw.readinto(room) == 3 and room[:3] == b"raw"
@@ -343,7 +343,7 @@ def test_a_read_after_a_timeout_is_refused(kind: str) -> None:
             rfile = connection.makefile("rb")
             results = [outcome(rfile.readline)]
             other.sendall(b"late\n")
-            results += [outcome(rfile.readline), outcome(rfile.read, 1), rfile.raw._timeout_occurred]  # type: ignore[attr-defined]
+            results += [outcome(rfile.readline), outcome(rfile.read, 1), rfile.raw._timeout_occurred]
             again = connection.makefile("rb")
             results += [again.readline(), rfile.closed, outcome(rfile.close)]
             found.append(results)
@@ -389,7 +389,7 @@ def test_a_read_that_would_block_returns_none(pair: Pair, timeout: float | None)
         assert rfile.readline() == b"part"
         other.sendall(b"more")
         assert raw.readinto(bytearray(3)) == 3
-        assert rfile.read1(10) == b"e"  # type: ignore[attr-defined]
+        assert rfile.read1(10) == b"e"
 
 
 def test_a_half_closed_connection_ends_the_file_and_can_be_written(pair: Pair) -> None:
@@ -398,7 +398,7 @@ def test_a_half_closed_connection_ends_the_file_and_can_be_written(pair: Pair) -
     other.shutdown(socket.SHUT_WR)
     with connection.makefile("rb") as rfile:
         assert list(rfile) == [b"a\n", b"b"]
-        assert rfile.read() == rfile.readline() == rfile.read1(5) == b""  # type: ignore[attr-defined]
+        assert rfile.read() == rfile.readline() == rfile.read1(5) == b""
         connection.sendall(b"still there")
         assert other.recv(20) == b"still there"
 
@@ -422,7 +422,7 @@ def test_readinto_takes_what_recv_into_takes(kind: str, room: Any) -> None:
     for each in ("stdlib", kind):
         with connected(each) as (connection, other), raw_file(connection) as raw:
             other.sendall(b"abc")
-            found.append((outcome(raw.readinto, room), raw.read(3)))  # type: ignore[attr-defined]
+            found.append((outcome(raw.readinto, room), raw.read(3)))
     assert found[0] == found[1]
 
 
@@ -432,9 +432,9 @@ def test_readinto_fills_only_contiguous_memory(kind: str) -> None:
         with connected(each) as (connection, other), raw_file(connection) as raw:
             other.sendall(b"abcdef")
             room = bytearray(6)
-            strided = outcome(raw.readinto, memoryview(room)[::2])  # type: ignore[attr-defined]
+            strided = outcome(raw.readinto, memoryview(room)[::2])
             squared = memoryview(room).cast("B", (2, 3))
-            found.append((strided, outcome(raw.readinto, squared), bytes(room)))  # type: ignore[attr-defined]
+            found.append((strided, outcome(raw.readinto, squared), bytes(room)))
     assert found[0] == found[1]
     assert found[0][1:] == (6, b"abcdef")
 
@@ -483,7 +483,7 @@ def performed(kind: str, steps: list[tuple[str, Any]], size: int) -> list[Any]:
                 seen.append((name, outcome(next, rfile)))
             elif hasattr(rfile, name):
                 seen.append((name, outcome(getattr(rfile, name), value)))
-        seen.append((connection._io_refs, rfile.closed))  # type: ignore[attr-defined]
+        seen.append((connection._io_refs, rfile.closed))
         rfile.close()
     return seen
 
@@ -550,7 +550,7 @@ def test_a_replaced_method_is_called(kind: str, owner: Any, name: str) -> None:
 
 
 def test_a_method_of_a_subclass_is_called(kind: str) -> None:
-    class Own(connection_class(kind)):  # type: ignore[misc]
+    class Own(connection_class(kind)):
         def recv_into(self, buffer: Any, *arguments: Any) -> int:
             buffer[:3] = b"own"
             return 3
@@ -565,7 +565,7 @@ def test_the_default_size_of_buffers_is_asked_for_at_the_time(pair: Pair) -> Non
     connection, other = pair
     with mock.patch.object(io, "DEFAULT_BUFFER_SIZE", 3), connection.makefile("rb") as rfile:
         other.sendall(b"abcdef")
-        assert rfile.peek() == b"abc"  # type: ignore[attr-defined]
+        assert rfile.peek() == b"abc"
 
 
 # Under a server
@@ -576,7 +576,7 @@ def test_get_request_gives_a_connection(impl: str) -> None:
 
     class Handler(fastserve.StreamRequestHandler):
         def handle(self) -> None:
-            requests.append((type(self.request), type(self.rfile), type(self.rfile.raw)))  # type: ignore[attr-defined]
+            requests.append((type(self.request), type(self.rfile), type(self.rfile.raw)))
             self.wfile.write(self.rfile.readline())
 
     with serving(fastserve.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as server:

@@ -30,7 +30,7 @@ _std: Any = socketserver
 
 
 def writer_of(kind: str, connection: Any) -> Any:
-    cls = _std._SocketWriter if kind == "stdlib" else TWINS[kind]["streams"]._SocketWriter  # type: ignore[union-attr]
+    cls = _std._SocketWriter if kind == "stdlib" else TWINS[kind]["streams"]._SocketWriter
     return cls(connection)
 
 
@@ -74,7 +74,7 @@ def test_a_writer_is_a_buffered_file_that_writes_only(ends: Ends) -> None:
     assert writer.fileno() == connection.fileno()
     assert writer._sock is connection
     assert outcome(writer.read, 1)[0] is io.UnsupportedOperation
-    assert connection._io_refs == 0  # type: ignore[attr-defined]
+    assert connection._io_refs == 0
     writer.flush()
     writer.extra = "a writer has a dict"
     writer.writelines([b"a", b"b"])
@@ -151,10 +151,11 @@ def test_a_write_to_what_is_gone_raises(kind: str) -> None:
     assert found[0][2][:2] == (OSError, errno.EBADF)
 
 
+SIZES = st.sampled_from([0, 1, 100, 5000, 300_000]) | st.integers(0, 70_000)
+
+
 @settings(max_examples=30, deadline=None)
-@given(
-    steps=st.lists(st.tuples(st.booleans(), st.sampled_from([0, 1, 100, 5000, 300_000]) | st.integers(0, 70_000)), max_size=20)
-)  # fmt: skip
+@given(steps=st.lists(st.tuples(st.booleans(), SIZES), max_size=20))
 @pytest.mark.parametrize("kind", sorted(TWINS))
 def test_any_sequence_of_writes_sends_what_the_stdlib_sends(kind: str, steps: list[tuple[bool, int]]) -> None:
     def performed(each: str) -> list[Any]:
@@ -197,7 +198,7 @@ def test_the_sendall_of_another_class_is_called(kind: str) -> None:
 
 
 def test_the_class_of_the_writer_is_that_of_the_twin_unless_somebody_replaced_it(impl: str) -> None:
-    assert writer_class() is TWINS[impl]["streams"]._SocketWriter  # type: ignore[union-attr]
+    assert writer_class() is TWINS[impl]["streams"]._SocketWriter
     assert writer_class().__module__ == "fastserve.streams"
     with mock.patch.object(socketserver, "_SocketWriter", io.BytesIO):
         assert writer_class() is io.BytesIO

@@ -1,11 +1,11 @@
 # cython: language_level=3, embedsignature=True
 """The C twin of the streams. Its contract and its types are those of ``_streams_py``.
 
-What is a ``socket.socket``, a ``socket.SocketIO`` or the stdlib's ``_SocketWriter`` there is one here as well: each class
-is derived from the stdlib's and from an extension class without fields, which may stand beside it and brings the methods
-that are worth it. They do the plain case themselves, one system call that succeeds or fails. Whatever is odd goes to
-the stdlib's own method, so that it does what that does: a closed file, a buffer of another kind, a method or a class that
-somebody has replaced.
+What is a ``socket.socket``, a ``socket.SocketIO`` or the stdlib's ``_SocketWriter`` there is one here as well: each
+class is derived from the stdlib's and from an extension class without fields, which may stand beside it and brings the
+methods that are worth it. They do the plain case themselves, one system call that succeeds or fails. Whatever is odd
+goes to the stdlib's own method, so that it does what that does: a closed file, a buffer of another kind, a method or a
+class that somebody has replaced.
 """
 
 import os as _os
