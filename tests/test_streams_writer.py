@@ -226,9 +226,10 @@ class Handled(Exception):
 def interrupted(handler: Any) -> Iterator[None]:
     """Send this thread a signal every 10 ms until the block ends."""
     main = threading.get_ident()
-    ended = threading.Event()
+    began, ended = threading.Event(), threading.Event()
 
     def send() -> None:
+        began.wait(10)
         while not ended.wait(0.01):
             signal.pthread_kill(main, signal.SIGUSR1)
 
@@ -236,6 +237,7 @@ def interrupted(handler: Any) -> Iterator[None]:
     sender = threading.Thread(target=send)
     sender.start()
     try:
+        began.set()
         yield
     finally:
         ended.set()
@@ -255,7 +257,7 @@ def test_what_a_signal_handler_raises_comes_out(ends: Ends, what: str, timeout: 
             raise Handled
 
     raised: list[int] = []
-    with connection.makefile("rb") as rfile, interrupted(raise_it), pytest.raises(Handled):
+    with connection.makefile("rb") as rfile, pytest.raises(Handled), interrupted(raise_it):
         if what == "read":
             rfile.readline()
         else:
