@@ -51,3 +51,4 @@ def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for attribute, twin in TWINS[name].items():
         monkeypatch.setattr(_backend, attribute, twin)
     monkeypatch.setattr(_backend, "implementation", name)
+    monkeypatch.setattr(fastserve, "_SocketWriter", _backend.streams._SocketWriter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fastserve import _backend
 from support import open_descriptors, serving, talk
 
 ADDRESS = ("127.0.0.1", 0)
@@ -23,6 +25,10 @@ ADDRESS = ("127.0.0.1", 0)
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
     return socket.create_connection(server.server_address[:2], timeout=10)
+
+
+def connection_class(module: ModuleType) -> type[socket.socket]:
+    return socket.socket if module is socketserver else _backend.streams.Connection
 
 
 def described(request: socket.socket) -> tuple[Any, ...]:
@@ -59,7 +65,7 @@ def test_get_request_over_ipv4(module: ModuleType) -> None:
     with module.TCPServer(ADDRESS, None) as server, connect(server) as client:
         request, client_address = server.get_request()
         with request:
-            expected = (socket.socket, socket.AF_INET, socket.SOCK_STREAM, 0, None, True, False)
+            expected = (connection_class(module), socket.AF_INET, socket.SOCK_STREAM, 0, None, True, False)
             assert described(request) == expected
             assert [type(value) for value in (request.family, request.type)] == [
                 socket.AddressFamily,
@@ -120,7 +126,7 @@ def test_get_request_over_a_unix_socket(module: ModuleType, short_path: Path, bo
             client.connect("server")
             request, client_address = server.get_request()
             with request:
-                expected = (socket.socket, socket.AF_UNIX, socket.SOCK_STREAM, 0, None, True, False)
+                expected = (connection_class(module), socket.AF_UNIX, socket.SOCK_STREAM, 0, None, True, False)
                 assert described(request) == expected
                 assert client_address == client.getsockname()
                 assert type(client_address) is (bytes if bound == "abstract" else str)

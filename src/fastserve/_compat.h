@@ -202,4 +202,21 @@ static inline int fs_read(int fd, void *data, size_t size)
     FS_RESULT(read(fd, data, size));
 }
 
+#ifndef MSG_DONTWAIT
+#  define MSG_DONTWAIT 0  /* a socket with a timeout is non-blocking anyway, unless somebody meddles with it */
+#endif
+
+/* recv(2) and send(2): their sizes may be more than an int holds. */
+static inline ssize_t fs_recv(int fd, void *data, size_t size, int flags)
+{
+    ssize_t result = recv(fd, data, size, flags);
+    return result < 0 ? -errno : result;
+}
+
+static inline ssize_t fs_send(int fd, const void *data, size_t size, int flags)
+{
+    ssize_t result = send(fd, data, size, flags);
+    return result < 0 ? -errno : result;
+}
+
 #endif

@@ -301,7 +301,7 @@ def wait_readable(int fd, timeout):
         _interrupted(result)
 
 
-def accept(listener):
+def accept(listener, request_class=_plain_socket):
     """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
@@ -332,7 +332,7 @@ def accept(listener):
             raise _error(-result)
     try:
         address = address_of(&storage, length, family)
-        request = _plain_socket(family, _type_of(listener), _proto_of(listener), result)
+        request = request_class(family, _type_of(listener), _proto_of(listener), result)
     except BaseException:
         close_descriptor(result)
         raise

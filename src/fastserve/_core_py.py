@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 HAVE_EPOLL: Final = hasattr(select, "epoll")
@@ -207,6 +208,33 @@ def wait_readable(fd: int, timeout: float | None) -> bool:
     return bool(poller.wait(timeout))
 
 
-def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
-    """Accept one connection: what ``listener.accept()`` returns and raises."""
-    return listener.accept()
+# The class whose accept() may be bypassed, if no library has replaced it before this module is imported.
+_plain_socket: Final = socket.socket
+_plain_accept: Final = socket.socket.accept
+
+
+def accept(
+    listener: socket.socket, request_class: Callable[[int, int, int, int], socket.socket] = _plain_socket
+) -> tuple[socket.socket, Any]:
+    """Accept one connection: what ``listener.accept()`` returns and raises.
+
+    If ``listener`` is a plain ``socket.socket`` the connection is what ``request_class(family, type, proto, fd)``
+    makes. Anything else, such as a subclass, or a ``socket.socket`` that a library has replaced, makes its own.
+    """
+    if (
+        type(listener) is not _plain_socket
+        or socket.socket is not _plain_socket
+        or _plain_socket.accept is not _plain_accept
+        or _plain_socket.__module__ != "socket"
+    ):
+        return listener.accept()
+    descriptor, address = listener._accept()  # type: ignore[attr-defined]
+    try:
+        request = request_class(listener.family, listener.type, listener.proto, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    # CPython issue 7995: some systems let the new descriptor inherit O_NONBLOCK from a listener with a timeout.
+    if socket.getdefaulttimeout() is None and listener.gettimeout():
+        request.setblocking(True)
+    return request, address

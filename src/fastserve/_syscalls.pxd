@@ -13,6 +13,7 @@ cdef extern from "_compat.h" nogil:
         EPOLLIN
         EPOLL_CTL_ADD
         EPOLL_CTL_DEL
+        MSG_DONTWAIT
         POLLIN
         POLLOUT
         MSG_TRUNC
@@ -104,3 +105,5 @@ cdef extern from "_compat.h" nogil:
     int fs_is_closed(int)
     int fs_write(int, const void *, size_t)
     int fs_read(int, void *, size_t)
+    Py_ssize_t fs_recv(int, void *, size_t, int)
+    Py_ssize_t fs_send(int, const void *, size_t, int)

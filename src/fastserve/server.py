@@ -337,10 +337,13 @@ class TCPServer(BaseServer, socketserver.TCPServer):
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; return ``(request, client_address)``, the first a ``socket.socket``.
 
+        It is a :class:`fastserve.streams.Connection` if the listener is a plain ``socket.socket``; any other listener
+        makes what its own ``accept()`` makes.
+
         The loop's thread calls it when the listener is readable; called at another time it waits. It may be
         overridden; the loop drops an ``OSError`` that it raises.
         """
-        return _backend.core.accept(self.socket)
+        return _backend.core.accept(self.socket, _backend.streams.Connection)
 
     def shutdown_request(self, request: Any) -> None:
         """Shut down the sending side of a connection, so that the client sees its end, and close it."""
