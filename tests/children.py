@@ -13,7 +13,7 @@ from pathlib import Path
 from fastserve import _backend
 
 IMPLEMENTATIONS = ["py"] if _backend.refused() else ["c", "py"]
-TIME_LIMIT = 20.0  # seconds for a child to end
+TIME_LIMIT = 60.0  # seconds for a child to end
 
 # Python 3.12 and later warn of a fork beside other threads, and rightly so. A program that is there to show just
 # this, and whose other threads hold nothing that the forked child needs, is let off.

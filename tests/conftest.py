@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import socketserver
+import threading
+import time
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 import fastserve
 from fastserve import _backend, _core_py, _datagrams_py, _streams_py
+from support import LIMIT
 
 NO_EXTENSIONS = _backend.refused()
 
@@ -23,6 +28,27 @@ TWINS: dict[str, dict[str, ModuleType | None]] = {
 }
 if not NO_EXTENSIONS:
     TWINS["c"] = {name: importlib.import_module(f"fastserve._{name}") for name in TWINS["py"]}
+
+
+TASKS = "/proc/self/task"  # the threads that the kernel knows, on Linux
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Wait until the threads that a test has started are gone.
+
+    A thread that was joined may take a moment to leave the kernel, and a daemon to end: until then a fork in the
+    next test would warn of it, and what the thread holds would count as the next test's.
+    """
+    if not os.path.isdir(TASKS):
+        yield
+        return
+    before = len(os.listdir(TASKS))
+    yield
+    deadline = time.monotonic() + LIMIT
+    while (left := len(os.listdir(TASKS))) > before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert left <= before, f"threads are left: {threading.enumerate()}"
 
 
 @pytest.fixture(params=sorted(TWINS))

@@ -29,7 +29,7 @@ def run(code: str, no_extensions: str | None = None, path: Path | None = None) -
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -105,7 +105,7 @@ def test_a_build_that_refuses_extensions_has_none_and_fits_every_platform(tmp_pa
         env=os.environ | {"FASTSERVE_NO_EXTENSIONS": "1"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -157,7 +157,7 @@ def processes(directory: Path) -> list[str]:
 
 def bench(*arguments: str, program: tuple[str, ...] = ("-m", "fastserve")) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *program, "bench", *arguments], capture_output=True, text=True, timeout=50, encoding="utf-8"
+        [sys.executable, *program, "bench", *arguments], capture_output=True, text=True, timeout=120, encoding="utf-8"
     )
 
 
@@ -397,7 +397,7 @@ def test_a_signal_ends_everything(here: Path, moment: str, signum: signal.Signal
     with started(moment, "--worker", "threads", "--worker", "fork") as process:
         assert len(processes(here)) > 4, "the servers run"
         process.send_signal(signum)
-        assert process.wait(20) == status
+        assert process.wait(60) == status
         rest = process.stderr.read().splitlines()
         assert rest[-1] == "fastserve bench: stopped"
         assert all(line.startswith("round") for line in rest[:-1])
@@ -409,7 +409,7 @@ def test_the_servers_do_not_outlive_a_command_that_is_killed(here: Path) -> None
     with started("This takes") as process:
         assert len(processes(here)) == 3
         process.kill()
-        process.wait(20)
+        process.wait(60)
         wait_until(lambda: processes(here) == [])
 
 

@@ -241,7 +241,7 @@ needs_cores = pytest.mark.skipif(
 
 def measured(output: Path, *options: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, str(BENCH / "run.py"), "--output", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @needs_generator

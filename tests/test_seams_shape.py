@@ -24,7 +24,7 @@ ADDRESS = ("127.0.0.1", 0)
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address, timeout=10)
+    return socket.create_connection(server.server_address, timeout=60)
 
 
 def upper_handler(module: ModuleType) -> Any:
@@ -408,7 +408,7 @@ def test_methods_work_as_unbound_functions_on_a_class_of_another_name(module: Mo
     thread.start()
     assert talk(server.server_address, b"serve\n") == b"SERVE\n"
     server.stop()
-    thread.join(5)
+    thread.join(60)
     server.server_close()
     assert not thread.is_alive()
 
@@ -535,7 +535,7 @@ def test_a_duplicate_of_the_request_is_shut_down_with_it_but_stays_open(module: 
         assert client.recv(1) == b""  # shut down, although a descriptor is open
         client.sendall(b"still read")
         with duplicates[0] as duplicate:
-            duplicate.settimeout(10)
+            duplicate.settimeout(60)
             assert duplicate.recv(100) == b"still read"
 
 
@@ -574,7 +574,7 @@ def test_a_shutdown_that_runs_before_serve_forever_makes_it_return_at_once(modul
         stopper.start()
         wait_until(lambda: server._BaseServer__shutdown_request)
         server.serve_forever(60)
-        stopper.join(5)
+        stopper.join(60)
         assert not stopper.is_alive()
 
 
@@ -596,7 +596,7 @@ def test_wfile_is_unbuffered_by_default(module: ModuleType) -> None:
 
     def handle(self: Any) -> None:
         self.wfile.write(b"at once")
-        assert received.wait(10)
+        assert received.wait(60)
 
     with serving(run_in_handler(module, handle), 0.01) as server, connect(server) as client:
         assert client.recv(100) == b"at once"
