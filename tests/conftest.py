@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socketserver
 import threading
 import time
@@ -21,6 +22,11 @@ NO_EXTENSIONS = _backend.refused()
 # Without the extension the tests of the C core would be missing from the run unnoticed.
 if not NO_EXTENSIONS and fastserve.implementation != "c":
     raise pytest.UsageError("the extension is not built; set FASTSERVE_NO_EXTENSIONS=1 to test without it")
+
+# A shell's "&" starts programs with SIGINT ignored, and their children inherit that, but not a handler: the programs
+# that tests start are to heed Ctrl-C. At import, before any test has started one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What each implementation puts into _backend.
 TWINS: dict[str, dict[str, ModuleType | None]] = {

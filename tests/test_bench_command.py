@@ -25,8 +25,17 @@ from support import wait_until
 
 EXAMPLE = str(Path(__file__).parent.parent / "examples" / "echo_handlers.py")
 QUICK = ("--duration", "0.5", "--connections", "3")
+# The same program, which waits less: for the time of day to change between two probes, and before each round.
+HASTY = """
+import sys
+from fastserve.bench import command, measure
+from fastserve.cli import main
+command.BETWEEN_PROBES = measure.WARM_UP = 0.02
+sys.exit(main())
+"""
 NO_MODULE = "import sys; sys.modules[{!r}] = None; from fastserve.cli import main; sys.exit(main())"
 
+HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 can_measure = importlib.util.find_spec("fastserve._load") and len(getattr(os, "sched_getaffinity", set)(0)) > 1
 needs_load = pytest.mark.skipif(not can_measure, reason="no load generator, or not two processors")
 
@@ -145,6 +154,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert processes(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def of_lines(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A measurement of a handler that works, drawn, in an encoding without the micro sign; and its directory."""
+    directory = tmp_path_factory.mktemp("lines")
+    (directory / "handlers.py").write_text(HANDLERS)
+    options = ["--plot", "figures.png"] if HAVE_MATPLOTLIB else []
+    command = [sys.executable, "-c", HASTY, "bench", "handlers.py:Lines", *QUICK, *options]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=directory, env=environment)
+    return done, directory
+
+
 def processes(directory: Path) -> list[str]:
     """Return the command lines of the processes that run in ``directory``."""
     found = []
@@ -155,15 +176,15 @@ def processes(directory: Path) -> list[str]:
     return found
 
 
-def bench(*arguments: str, program: tuple[str, ...] = ("-m", "fastserve")) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, program: tuple[str, ...] = ("-c", HASTY)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *program, "bench", *arguments], capture_output=True, text=True, timeout=120, encoding="utf-8"
     )
 
 
-def figures(*arguments: str, servers: int = 2) -> tuple[str, dict[str, Any]]:
+def figures(*arguments: str, servers: int = 2, program: tuple[str, ...] = ("-c", HASTY)) -> tuple[str, dict[str, Any]]:
     """Measure; return what is printed and what the JSON says of a measurement without errors."""
-    done = bench(*arguments, *QUICK, "--json", "figures.json")
+    done = bench(*arguments, *QUICK, "--json", "figures.json", program=program)
     assert done.returncode == 0, done.stderr
     assert f"each of {servers} servers is probed" in done.stderr
     with open("figures.json", encoding="utf-8") as file:
@@ -238,7 +259,10 @@ def test_answers_may_be_told_by_their_size(here: Path) -> None:
 @needs_load
 def test_answers_may_end_with_the_connection_and_have_the_time_in_them(here: Path) -> None:
     request = r"GET /handlers.py HTTP/1.0\r\n\r\n"
-    shown, found = figures("http.server:SimpleHTTPRequestHandler", "--send", request, "--until", "close")
+    program = ("-m", "fastserve")  # its probes are a second apart
+    shown, found = figures(
+        "http.server:SimpleHTTPRequestHandler", "--send", request, "--until", "close", program=program
+    )
     assert found["connections_kept"] is False
     assert not found["answers_compared"], "the field Date changes each second"
     assert "not compared under load" in shown
@@ -258,8 +282,11 @@ def test_a_handler_that_prints_does_not_stand_still(here: Path) -> None:
 
 
 @needs_load
-def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(here: Path) -> None:
-    done = bench("handlers.py:Lines", *QUICK)
+def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(
+    of_lines: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, _ = of_lines
+    assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert "threads" in lines[0] and "sync" in lines[0]
     assert re.match(r"This takes about \d+ s: each of 2 servers is probed .* 5 rounds of 0.1 s each", lines[1])
@@ -271,11 +298,11 @@ def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(here: P
 def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
     if rich and importlib.util.find_spec("rich") is None:
         pytest.skip("rich is not installed")
-    program = ("-m", "fastserve") if rich else ("-c", NO_MODULE.format("rich"))
+    without = "" if rich else "import sys; sys.modules['rich'] = None\n"
     master, terminal = os.openpty()
     with contextlib.closing(os.fdopen(master, "rb", buffering=0)) as screen:
         process = subprocess.Popen(
-            [sys.executable, *program, "bench", "handlers.py:Lines", *QUICK],
+            [sys.executable, "-c", without + HASTY, "bench", "handlers.py:Lines", *QUICK],
             stdout=subprocess.DEVNULL,
             stderr=terminal,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
@@ -291,22 +318,28 @@ def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
     assert (b"round 5 of 5" in shown) == (not rich)
 
 
-@needs_load
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot_is_drawn(here: Path, suffix: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is not installed")
-    done = bench("handlers.py:Lines", *QUICK, "--plot", f"figures.{suffix}")
-    assert done.returncode == 0, done.stderr
-    data = (here / f"figures.{suffix}").read_bytes()
-    assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+needs_matplotlib = pytest.mark.skipif(not HAVE_MATPLOTLIB, reason="matplotlib is not installed")
 
 
 @needs_load
-def test_an_encoding_without_the_micro_sign_is_no_obstacle(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = bench("handlers.py:Lines", *QUICK)
+@needs_matplotlib
+def test_a_plot_is_drawn_as_png(of_lines: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    assert (of_lines[1] / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_load
+@needs_matplotlib
+def test_a_plot_is_drawn_as_svg(here: Path) -> None:
+    done = bench("handlers.py:Lines", *QUICK, "--plot", "figures.svg")
     assert done.returncode == 0, done.stderr
+    assert (here / "figures.svg").read_bytes().startswith(b"<?xml")
+
+
+@needs_load
+def test_an_encoding_without_the_micro_sign_is_no_obstacle(
+    of_lines: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, _ = of_lines
     assert "CPU us/request" in done.stdout
 
 
@@ -417,11 +450,10 @@ def test_the_servers_do_not_outlive_a_command_that_is_killed(here: Path) -> None
 def started(moment: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Start a measurement, and wait until it prints a line that begins with ``moment``."""
     with subprocess.Popen(
-        [sys.executable, "-m", "fastserve", "bench", "handlers.py:Lines", "--duration", "2", *arguments],
+        [sys.executable, "-c", HASTY, "bench", "handlers.py:Lines", "--duration", "1", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here
     ) as process:
         try:
             assert process.stderr is not None

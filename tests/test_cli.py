@@ -31,9 +31,6 @@ SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 WORKERS = ["sync", "threads", pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork"))]
 
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
-needs_interrupts = pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="SIGINT is ignored here, and so in every child"
-)
 
 HANDLERS = """
 import os, sys, fastserve
@@ -408,7 +405,6 @@ def test_run_ends_as_under_python(here: Path, source: str, status: int, dash_m: 
     assert assert_as_python(*["-m", "ends"] if dash_m else ["ends.py"]).returncode == status
 
 
-@needs_interrupts
 def test_a_program_is_interrupted_as_under_python(here: Path) -> None:
     (here / "sleeps.py").write_text("import time; print('ready', flush=True); time.sleep(300)\n")
     outcomes = []
@@ -436,7 +432,6 @@ def test_run_puts_fastserve_in_the_place_of_socketserver(here: Path) -> None:
     assert cli("run", "asks.py").stdout == cli("run", "-m", "asks").stdout == "fastserve.server\n"
 
 
-@needs_interrupts
 def test_run_serves_the_stdlibs_http_server(here: Path) -> None:
     with started("run", "-m", "http.server", "0", "--bind", "127.0.0.1", PYTHONUNBUFFERED="1") as server:
         line = server.stdout.readline()
