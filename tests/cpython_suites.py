@@ -102,7 +102,8 @@ def main() -> int:
     parser.add_argument("suites", nargs="*", default=SUITES, metavar="TEST")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        first = dict(zip(arguments.suites, pool.map(lambda suite: run(arguments.how, suite), arguments.suites)))
+        outcomes = pool.map(lambda suite: run(arguments.how, suite), arguments.suites)
+        first = dict(zip(arguments.suites, outcomes, strict=True))
     count = sum(outcome.count for outcome in first.values())
     failed: set[str] = set()
     once: set[str] = set()

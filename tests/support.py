@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 LIMIT = 60.0  # seconds for what must happen: far more than it takes on any machine, however busy
 
 

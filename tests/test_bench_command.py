@@ -238,6 +238,7 @@ def test_each_worker_model_is_compared_with_its_counterpart(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.once
 def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "sync", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -248,6 +249,7 @@ def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> N
 
 
 @needs_load
+@pytest.mark.once
 def test_answers_may_be_told_by_their_size(here: Path) -> None:
     (here / "request.bin").write_bytes(b"\0\xff\nsome\n")
     _, found = figures(f"{EXAMPLE}:Echo", "--send", "@request.bin", "--until", "8")
@@ -269,6 +271,7 @@ def test_answers_may_end_with_the_connection_and_have_the_time_in_them(here: Pat
 
 
 @needs_load
+@pytest.mark.once
 def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
     shown, found = figures("handlers.py:Varies")
     assert not found["answers_compared"]
@@ -276,6 +279,7 @@ def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.once
 def test_a_handler_that_prints_does_not_stand_still(here: Path) -> None:
     _, found = figures("handlers.py:Prints")
     assert all(one["requests"] for server in found["servers"].values() for one in server["rounds"])
@@ -294,6 +298,7 @@ def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize("rich", [True, False])
 def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
     if rich and importlib.util.find_spec("rich") is None:
@@ -323,12 +328,14 @@ needs_matplotlib = pytest.mark.skipif(not HAVE_MATPLOTLIB, reason="matplotlib is
 
 @needs_load
 @needs_matplotlib
+@pytest.mark.once
 def test_a_plot_is_drawn_as_png(of_lines: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     assert (of_lines[1] / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_load
 @needs_matplotlib
+@pytest.mark.once
 def test_a_plot_is_drawn_as_svg(here: Path) -> None:
     done = bench("handlers.py:Lines", *QUICK, "--plot", "figures.svg")
     assert done.returncode == 0, done.stderr
@@ -347,6 +354,7 @@ def test_an_encoding_without_the_micro_sign_is_no_obstacle(
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -386,6 +394,7 @@ def test_a_handler_that_does_not_work_is_told_of_and_not_timed(here: Path, argum
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize(
     "handler, problem", [("Changes", r"wrong answers: [\d,]+ of [\d,]+"), ("FallsSilent", "no answers")]
 )
@@ -401,6 +410,7 @@ def test_a_server_that_answers_wrongly_under_load_has_no_figures(here: Path, han
 
 
 @needs_load
+@pytest.mark.once
 def test_a_handler_that_raises_at_times_has_errors_and_a_note(here: Path) -> None:
     done = bench("handlers.py:RaisesAtTimes", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -424,6 +434,7 @@ def test_an_error_in_the_module_of_the_handler_is_shown_as_python_shows_it(here:
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize("moment", ["This takes", "round 1"])
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_everything(here: Path, moment: str, signum: signal.Signals, status: int) -> None:

@@ -22,6 +22,8 @@ import report  # noqa: E402
 import run  # noqa: E402
 import works  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 MACHINE = {
     "cpu": "a processor",
     "cores": 2,

@@ -76,7 +76,7 @@ def settle(thread_id: int, seconds: float = 10.0) -> None:
 
 
 def fewest_switches(thread_id: int, seconds: float) -> int:
-    """Return the fewest context switches that a thread had in one of three such times, the first without any being enough.
+    """Return the fewest context switches that a thread had in one of three such times; one without any is enough.
 
     A thread that ticks has some in each; a single one may have to do with the machine and not with the thread.
     """
