@@ -22,6 +22,9 @@ import report  # noqa: E402
 import run  # noqa: E402
 import works  # noqa: E402
 
+# A library of the plots would start a thread for each processor, to the end of this process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 pytestmark = pytest.mark.once
 
 MACHINE = {

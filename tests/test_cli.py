@@ -446,11 +446,11 @@ def test_run_serves_the_stdlibs_http_server(here: Path) -> None:
 
 def fetch(url: str) -> str:
     if curl := shutil.which("curl"):
-        got = run([curl, "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "10", url])
+        got = run([curl, "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "60", url])
         assert got.returncode == 0, got.stderr
         return got.stdout
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=10) as answer:
+    with opener.open(url, timeout=60) as answer:
         return answer.read().decode()
 
 

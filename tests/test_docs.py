@@ -14,7 +14,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from http.server import HTTPServer
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import fastserve
-from support import open_descriptors, serving, talk, wait_until
+from support import open_descriptors, serving, settle, talk, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -212,7 +211,9 @@ def asleep(server: Any) -> Iterator[None]:
     with serving(server, LONG):
         wait_until(lambda: vars(server).get("_fastserve_state") and vars(server)["_fastserve_state"].loops)
         assert talk(server.server_address, b"a\n") == b"A\n"
-        time.sleep(0.05)  # the turn of this request must be over, and nothing tells that it is
+        # The turn of this request must be over, and nothing but the sleep of the thread tells that it is.
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "serving")
+        settle(thread.native_id or 0)
         yield
 
 

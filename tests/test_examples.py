@@ -116,7 +116,7 @@ def test_upper_stream_server_answers_line_by_line(start: Start) -> None:
 def test_echo_handlers_serve_their_clients_together(start: Start) -> None:
     with start("echo_handlers.py") as server:
         address = ("127.0.0.1", server.port())
-        with socket.create_connection(address, timeout=10), socket.create_connection(address, timeout=60) as second:
+        with socket.create_connection(address, timeout=60), socket.create_connection(address, timeout=60) as second:
             second.sendall(b"hello")
             assert second.recv(100) == b"hello"
             assert talk(address, b"a third") == b"a third"

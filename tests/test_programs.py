@@ -73,7 +73,7 @@ def curl(*arguments: str) -> str:
     if program is None:
         pytest.skip("curl is not installed")
     result = subprocess.run(
-        [program, "--silent", "--show-error", "--noproxy", "*", "--max-time", "10", *arguments],
+        [program, "--silent", "--show-error", "--noproxy", "*", "--max-time", "60", *arguments],
         capture_output=True,
         timeout=TIME_LIMIT,
     )
@@ -409,11 +409,11 @@ def test_dnslib_answers_its_own_client_over_udp_and_tcp(run: Run) -> None:
         for port, tcp in ((server.port(), False), (server.port(), True)):
             for number in range(20):
                 question = dnslib.DNSRecord.question(f"host{number}.example")
-                answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=10))
+                answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=60))
                 assert answer.header.id == question.header.id
                 assert [str(record.rdata) for record in answer.rr] == ["192.0.2.7"]
             question = dnslib.DNSRecord.question("elsewhere.test")
-            answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=10))
+            answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=60))
             assert answer.header.rcode == dnslib.RCODE.NXDOMAIN
         assert server.interrupt() == f"interrupted\n{THE_END}"
 
@@ -425,7 +425,7 @@ def test_dnslib_answers_dig_over_udp_and_tcp(run: Run) -> None:
         pytest.skip("dig is not installed")
     with run(DNS_IMPORTS, DNS_SERVERS) as server:
         for option in ("+notcp", "+tcp"):
-            command = [dig, "@127.0.0.1", "-p", str(server.port()), option, "+short", "+tries=1", "+time=5"]
+            command = [dig, "@127.0.0.1", "-p", str(server.port()), option, "+short", "+tries=1", "+time=60"]
             answer = subprocess.run([*command, "host.example", "A"], capture_output=True, text=True, timeout=TIME_LIMIT)
             assert (answer.returncode, answer.stdout) == (0, "192.0.2.7\n"), answer
         assert server.interrupt() == f"interrupted\n{THE_END}"

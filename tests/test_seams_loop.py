@@ -368,7 +368,7 @@ def test_several_servers_are_served_from_one_select_loop(module: ModuleType) -> 
         three.sendto(b"three", third.server_address)
         waiting = {first, second, third}
         while waiting:
-            ready, _, _ = select.select(list(waiting), [], [], 10)
+            ready, _, _ = select.select(list(waiting), [], [], 60)
             assert ready
             for server in ready:
                 server.handle_request()

@@ -500,8 +500,8 @@ def test_a_handler_may_wrap_the_request_in_tls(module: ModuleType) -> None:
 def test_select_works_on_the_request_and_on_rfile(module: ModuleType) -> None:
     def handle(self: Any) -> None:
         assert self.rfile.fileno() == self.request.fileno() == self.wfile.fileno()
-        assert select.select([self.request], [], [], 10)[0] == [self.request]
-        assert select.select([self.rfile], [self.wfile], [], 10) == ([self.rfile], [self.wfile], [])
+        assert select.select([self.request], [], [], 60)[0] == [self.request]
+        assert select.select([self.rfile], [self.wfile], [], 60) == ([self.rfile], [self.wfile], [])
         assert self.rfile.read(3) == b"abc"
         self.wfile.write(b"selected")
 

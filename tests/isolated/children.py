@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from isolated import harness
-from support import wait_until
+from support import context_switches, settle, wait_until
 
 module = harness.module_under_test()
 POLL = 60.0  # seconds; nothing here waits for it
@@ -125,11 +125,11 @@ def children_do_not_wake_the_parent(server: Any) -> None:
     client = Client(server)
     assert client.ask("wakeup_descriptor") == "-1"
     main = threading.main_thread().native_id or 0
-    harness.settle(main)
-    before = harness.context_switches(main)
+    settle(main)
+    before = context_switches(main)
     assert client.ask("disturb") == "done"
     time.sleep(0.2)
-    assert harness.context_switches(main) == before
+    assert context_switches(main) == before
     client.close()
     second = Client(server)
     assert second.ask("pid").isdigit()

@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from support import context_switches, settle
 
 VARIANT = sys.argv[1]
 ARGUMENTS = sys.argv[2:]
@@ -48,31 +49,6 @@ def serve_here(server: Any, act: Callable[[], None], poll_interval: float = 0.5)
         assert not actor.is_alive(), "act() did not end"
         if failed:
             raise failed[0]
-
-
-def _status(thread_id: int) -> tuple[str, int]:
-    """Return the state of a thread of this process, "S" if it sleeps, and its context switches."""
-    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
-    state = next(line.split()[1] for line in text.splitlines() if line.startswith("State:"))
-    return state, sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
-
-
-def context_switches(thread_id: int) -> int:
-    """Return how often a thread of this process gave up its processor, or was made to."""
-    return _status(thread_id)[1]
-
-
-def settle(thread_id: int, seconds: float = 10.0) -> None:
-    """Wait until a thread has slept for 50 ms, or a time has passed, as it does if the thread ticks.
-
-    On a busy machine a thread that has work may have to wait for a processor, and is not switched meanwhile: only
-    the state tells that it sleeps.
-    """
-    deadline = time.monotonic() + seconds
-    before = ("", 0)
-    while ((now := _status(thread_id)) != before or now[0] != "S") and time.monotonic() < deadline:
-        before = now
-        time.sleep(0.05)
 
 
 def fewest_switches(thread_id: int, seconds: float) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from isolated import harness
-from support import talk
+from support import settle, talk
 
 module = harness.module_under_test()
 how, ownership, poll_interval = harness.ARGUMENTS
@@ -65,7 +65,7 @@ causes: dict[str, Callable[[], None]] = {
 def act() -> None:
     global started_at
     assert talk(server.server_address, b"hello\n") == b"hello\n"
-    harness.settle(threading.main_thread().native_id or 0)
+    settle(threading.main_thread().native_id or 0)
     started_at = time.monotonic()
     causes[how]()
 
