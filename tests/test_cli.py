@@ -318,16 +318,20 @@ ARGUMENTS = ["--help", "-m", "x", "--", "-", "", "--version", "run", "a b"]
 def assert_as_python(*args: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Assert that ``fastserve run`` and ``python`` do the same with ``args``; return what they do."""
 
-    def outcome(command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, input="typed")
-
-    expected = outcome([sys.executable, *flags, *args])
-    got = outcome([sys.executable, *flags, "-m", "fastserve", "run", *args])
-    assert (got.stdout, got.stderr, got.returncode) == (expected.stdout, expected.stderr, expected.returncode)
+    commands = [[sys.executable, *flags, *args], [sys.executable, *flags, "-m", "fastserve", "run", *args]]
     if not flags and os.path.exists(SCRIPT[0]):
-        script = outcome([*SCRIPT, "run", *args])
-        assert (script.stdout, script.stderr, script.returncode) == (got.stdout, got.stderr, got.returncode)
-    return expected
+        commands.append([*SCRIPT, "run", *args])
+    with contextlib.ExitStack() as stack:  # they run side by side
+        pipe = subprocess.PIPE
+        processes = [
+            stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+            for command in commands
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        outcomes = [(*process.communicate("typed", timeout=120), process.wait()) for process in processes]
+    assert all(outcome == outcomes[0] for outcome in outcomes), outcomes
+    return subprocess.CompletedProcess(commands[0], outcomes[0][2], outcomes[0][0], outcomes[0][1])
 
 
 @pytest.fixture

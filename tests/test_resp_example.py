@@ -48,7 +48,7 @@ def fresh(module: Any) -> Iterator[Any]:
     class Server(module.ThreadingTCPServer):  # type: ignore[misc, name-defined]
         request_queue_size = 128
 
-    with serving(Server(("127.0.0.1", 0), Handler)) as server:
+    with serving(Server(("127.0.0.1", 0), Handler), 0.01) as server:
         yield server.server_address
 
 

@@ -360,12 +360,12 @@ needs_proc = pytest.mark.skipif(
 @pytest.mark.parametrize("where", ["main", "thread"])
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "ForkingTCPServer"])
 def test_an_idle_server_sleeps_until_something_happens(impl: str, name: str, where: str) -> None:
-    assert int(run_isolated("idle", impl, name, where, "0.5")) == 0
+    assert int(run_isolated("idle", impl, name, where, "0.5", "3")) == 0
 
 
 @needs_proc
 def test_the_measure_of_sleep_sees_the_ticks_of_the_stdlib() -> None:
-    assert int(run_isolated("idle", "stdlib", "TCPServer", "thread", "2")) >= 1
+    assert int(run_isolated("idle", "stdlib", "TCPServer", "thread", "2", "1")) >= 1
 
 
 @pytest.mark.parametrize(

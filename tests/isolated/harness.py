@@ -51,13 +51,13 @@ def serve_here(server: Any, act: Callable[[], None], poll_interval: float = 0.5)
             raise failed[0]
 
 
-def fewest_switches(thread_id: int, seconds: float) -> int:
-    """Return the fewest context switches that a thread had in one of three such times; one without any is enough.
+def fewest_switches(thread_id: int, seconds: float, times: int = 3) -> int:
+    """Return the fewest context switches that a thread had in one of some times; one without any is enough.
 
     A thread that ticks has some in each; a single one may have to do with the machine and not with the thread.
     """
     fewest = sys.maxsize
-    for _ in range(3):
+    for _ in range(times):
         settle(thread_id, 1.0 if fewest != sys.maxsize else 10.0)
         before = context_switches(thread_id)
         time.sleep(seconds)

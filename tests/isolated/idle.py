@@ -1,4 +1,4 @@
-"""Print the context switches of an idle server's thread: ``idle VARIANT CLASS main|thread SECONDS``.
+"""Print the context switches of an idle server's thread: ``idle VARIANT CLASS main|thread SECONDS TIMES``.
 
 It is served with a poll_interval of 100 ms: one that ticks has many in so many seconds.
 """
@@ -11,7 +11,7 @@ from isolated import harness
 from support import serving, talk, wait_until
 
 module = harness.module_under_test()
-class_name, where, seconds = harness.ARGUMENTS
+class_name, where, seconds, times = harness.ARGUMENTS
 POLL_INTERVAL = 0.1  # seconds
 
 
@@ -34,7 +34,7 @@ def observe() -> None:
     for _ in range(5):
         assert talk(server.server_address, b"hello\n") == b"hello\n"
     wait_until(lambda: not getattr(server, "active_children", None))
-    print(harness.fewest_switches(server.serving_thread, float(seconds)))
+    print(harness.fewest_switches(server.serving_thread, float(seconds), int(times)))
 
 
 def observe_and_stop() -> None:
