@@ -69,6 +69,8 @@ def ask(server: Any) -> None:
         assert client.recv(1) == b"!"
         client.sendall(b"e")
         assert client.recv(1) == b""
+    for thread in list(server._threads):
+        thread.join()  # its descriptor is free then, and not later, when all seem to be taken
 
 
 def processor_seconds(seconds: float) -> float:
