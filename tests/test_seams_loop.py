@@ -258,6 +258,17 @@ def test_shutdown_waits_for_a_loop_that_is_just_ending(module: ModuleType) -> No
     assert not returned_early, "shutdown() returned before the loop had ended"
 
 
+def test_a_shutdown_that_runs_before_serve_forever_makes_it_return_at_once(module: ModuleType) -> None:
+    with module.TCPServer(ADDRESS, upper_handler(module)) as server:
+        # In the stdlib it waits for the loop that is yet to come.
+        stopper = threading.Thread(target=server.shutdown)
+        stopper.start()
+        wait_until(lambda: server._BaseServer__shutdown_request)
+        server.serve_forever(60)
+        stopper.join(60)
+        assert not stopper.is_alive()
+
+
 # serve_forever, handle_request
 
 
