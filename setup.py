@@ -22,8 +22,7 @@ def extensions() -> list[Extension]:
     from Cython.Build import cythonize
 
     headers = [
-        f"src/fastserve/{name}"
-        for name in ("_addresses.pxd", "_compat.h", "_load.h", "_stacks.h", "_syscalls.pxd")
+        f"src/fastserve/{name}" for name in ("_addresses.pxd", "_compat.h", "_load.h", "_stacks.h", "_syscalls.pxd")
     ]
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]

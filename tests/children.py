@@ -13,7 +13,7 @@ from pathlib import Path
 from fastserve import _backend
 
 IMPLEMENTATIONS = ["py"] if _backend.refused() else ["c", "py"]
-TIME_LIMIT = 20.0  # seconds for a child to end
+TIME_LIMIT = 60.0  # seconds for a child to end
 
 # Python 3.12 and later warn of a fork beside other threads, and rightly so. A program that is there to show just
 # this, and whose other threads hold nothing that the forked child needs, is let off.
@@ -72,7 +72,6 @@ def child(
     filters = [f"-W{text}" for text in ("error", *allowed)]
     errors = directory / "stderr.txt"
     with (
-        _interruptible(),
         errors.open("w") as stderr,
         subprocess.Popen(
             [sys.executable, "-u", *filters, *arguments],
@@ -88,20 +87,6 @@ def child(
             yield Child(process, errors)
         finally:
             process.kill()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Have children heed SIGINT, also where this process was started with the signal ignored, as by a shell's "&"."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        yield
-        return
-    # A handler, unlike SIG_IGN, is not inherited through exec().
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def program(order: str, imports: str, body: str) -> list[str]:

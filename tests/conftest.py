@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import socketserver
+import threading
+import time
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 import fastserve
 from fastserve import _backend, _core_py, _datagrams_py, _streams_py
+from support import LIMIT
 
 NO_EXTENSIONS = _backend.refused()
 
@@ -17,12 +23,38 @@ NO_EXTENSIONS = _backend.refused()
 if not NO_EXTENSIONS and fastserve.implementation != "c":
     raise pytest.UsageError("the extension is not built; set FASTSERVE_NO_EXTENSIONS=1 to test without it")
 
+# A shell's "&" starts programs with SIGINT ignored, and their children inherit that, but not a handler: the programs
+# that tests start are to heed Ctrl-C. At import, before any test has started one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What each implementation puts into _backend.
 TWINS: dict[str, dict[str, ModuleType | None]] = {
     "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None}
 }
 if not NO_EXTENSIONS:
     TWINS["c"] = {name: importlib.import_module(f"fastserve._{name}") for name in TWINS["py"]}
+
+
+TASKS = "/proc/self/task"  # the threads that the kernel knows, on Linux
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Wait until the threads that a test has started are gone.
+
+    A thread that was joined may take a moment to leave the kernel, and a daemon to end: until then a fork in the
+    next test would warn of it, and what the thread holds would count as the next test's.
+    """
+    if not os.path.isdir(TASKS):
+        yield
+        return
+    before = len(os.listdir(TASKS))
+    yield
+    deadline = time.monotonic() + LIMIT
+    while (left := len(os.listdir(TASKS))) > before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert left <= before, f"threads are left: {threading.enumerate()}"
 
 
 @pytest.fixture(params=sorted(TWINS))

@@ -8,10 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+LIMIT = 60.0  # seconds for what must happen: far more than it takes on any machine, however busy
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+
+def wait_until(condition: Callable[[], Any], seconds: float = LIMIT) -> None:
     """Wait until ``condition()`` is true; fail the test if it does not come to be."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -22,6 +25,31 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
 def open_descriptors() -> int:
     """Return how many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+
+
+def _status(thread_id: int) -> tuple[str, int]:
+    """Return the state of a thread of this process, "S" if it sleeps, and its context switches."""
+    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    state = next(line.split()[1] for line in text.splitlines() if line.startswith("State:"))
+    return state, sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
+
+
+def context_switches(thread_id: int) -> int:
+    """Return how often a thread of this process gave up its processor, or was made to."""
+    return _status(thread_id)[1]
+
+
+def settle(thread_id: int, seconds: float = 10.0) -> None:
+    """Wait until a thread has slept for 50 ms, or a time has passed, as it does if the thread ticks.
+
+    On a busy machine a thread that has work may have to wait for a processor, and is not switched meanwhile: only
+    the state tells that it sleeps.
+    """
+    deadline = time.monotonic() + seconds
+    before = ("", 0)
+    while ((now := _status(thread_id)) != before or now[0] != "S") and time.monotonic() < deadline:
+        before = now
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -41,7 +69,7 @@ def serving(server: Any, poll_interval: float = 0.5) -> Iterator[Any]:
         yield server
     finally:
         server.shutdown()
-        thread.join(10)
+        thread.join(LIMIT)
         alive = thread.is_alive()
         server.server_close()
     assert not alive, "serve_forever() did not return"
@@ -49,7 +77,7 @@ def serving(server: Any, poll_interval: float = 0.5) -> Iterator[Any]:
         raise failed[0]
 
 
-def talk(address: Any, sent: bytes, family: int = socket.AF_INET, timeout: float = 10.0) -> bytes:
+def talk(address: Any, sent: bytes, family: int = socket.AF_INET, timeout: float = LIMIT) -> bytes:
     """Connect, send, end the sending side, and return all that the server answers."""
     with socket.socket(family, socket.SOCK_STREAM) as client:
         client.settimeout(timeout)

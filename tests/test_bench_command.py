@@ -24,9 +24,20 @@ from fastserve.cli import make_parser
 from support import wait_until
 
 EXAMPLE = str(Path(__file__).parent.parent / "examples" / "echo_handlers.py")
-QUICK = ("--duration", "0.5", "--connections", "3")
+ROUNDS = 3
+QUICK = ("--duration", "0.3", "--connections", "3")
+# The same program with fewer rounds, which waits less: for the time of day to change, and before each round.
+HASTY = f"""
+import sys
+from fastserve.bench import command, measure, probe
+from fastserve.cli import main
+command.BETWEEN_PROBES = measure.WARM_UP = 0.02
+command.ROUNDS = {ROUNDS}
+sys.exit(main())
+"""
 NO_MODULE = "import sys; sys.modules[{!r}] = None; from fastserve.cli import main; sys.exit(main())"
 
+HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 can_measure = importlib.util.find_spec("fastserve._load") and len(getattr(os, "sched_getaffinity", set)(0)) > 1
 needs_load = pytest.mark.skipif(not can_measure, reason="no load generator, or not two processors")
 
@@ -145,6 +156,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert processes(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def of_lines(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A measurement of a handler that works, drawn, in an encoding without the micro sign; and its directory."""
+    directory = tmp_path_factory.mktemp("lines")
+    (directory / "handlers.py").write_text(HANDLERS)
+    options = ["--plot", "figures.png"] if HAVE_MATPLOTLIB else []
+    command = [sys.executable, "-c", HASTY, "bench", "handlers.py:Lines", *QUICK, *options]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=directory, env=environment)
+    return done, directory
+
+
 def processes(directory: Path) -> list[str]:
     """Return the command lines of the processes that run in ``directory``."""
     found = []
@@ -155,9 +178,9 @@ def processes(directory: Path) -> list[str]:
     return found
 
 
-def bench(*arguments: str, program: tuple[str, ...] = ("-m", "fastserve")) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, program: tuple[str, ...] = ("-c", HASTY)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *program, "bench", *arguments], capture_output=True, text=True, timeout=50, encoding="utf-8"
+        [sys.executable, *program, "bench", *arguments], capture_output=True, text=True, timeout=120, encoding="utf-8"
     )
 
 
@@ -173,7 +196,7 @@ def figures(*arguments: str, servers: int = 2) -> tuple[str, dict[str, Any]]:
         assert server["errors"] == 0 and server["problem"] is None
         assert 0 < server["p50_us"] <= server["p99_us"]
         assert server["requests_per_second"] > 0
-        assert len(server["rounds"]) == command.ROUNDS
+        assert len(server["rounds"]) == ROUNDS
     return done.stdout, found
 
 
@@ -217,6 +240,7 @@ def test_each_worker_model_is_compared_with_its_counterpart(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.once
 def test_a_pool_is_compared_with_the_stdlibs_threads_and_has_as_many_threads_as_asked_for(here: Path) -> None:
     _, found = figures("handlers:OneAnswer", "--worker", "threadpool", "--max-workers", "2", servers=2)
     assert found["servers"]["fastserve threadpool"]["reference"] == "stdlib threads"
@@ -224,6 +248,7 @@ def test_a_pool_is_compared_with_the_stdlibs_threads_and_has_as_many_threads_as_
 
 
 @needs_load
+@pytest.mark.once
 def test_a_pool_of_kept_connections_is_said_to_serve_as_many_as_it_has_threads(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "threadpool", "--max-workers", "2", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -231,16 +256,18 @@ def test_a_pool_of_kept_connections_is_said_to_serve_as_many_as_it_has_threads(h
 
 
 @needs_load
+@pytest.mark.once
 def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "sync", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
     assert "sync serves 1 connection at a time: the other 2 waited to the end, and count as errors" in done.stdout
     for server in json.loads(Path("figures.json").read_text("utf-8"))["servers"].values():
-        assert server["errors"] == 2 * command.ROUNDS
+        assert server["errors"] == 2 * ROUNDS
         assert server["requests_per_second"] > 0
 
 
 @needs_load
+@pytest.mark.once
 def test_answers_may_be_told_by_their_size(here: Path) -> None:
     (here / "request.bin").write_bytes(b"\0\xff\nsome\n")
     _, found = figures(f"{EXAMPLE}:Echo", "--send", "@request.bin", "--until", "8")
@@ -252,13 +279,19 @@ def test_answers_may_be_told_by_their_size(here: Path) -> None:
 @needs_load
 def test_answers_may_end_with_the_connection_and_have_the_time_in_them(here: Path) -> None:
     request = r"GET /handlers.py HTTP/1.0\r\n\r\n"
-    shown, found = figures("http.server:SimpleHTTPRequestHandler", "--send", request, "--until", "close")
+    # Not in haste: the two probes of this program are a second apart.
+    command = ["http.server:SimpleHTTPRequestHandler", "--send", request, "--until", "close", "--json", "figures.json"]
+    done = bench(*command, "--duration", "0.5", "--connections", "3", program=("-m", "fastserve"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((here / "figures.json").read_text("utf-8"))
+    assert [len(server["rounds"]) for server in found["servers"].values()] == [5, 5]
     assert found["connections_kept"] is False
     assert not found["answers_compared"], "the field Date changes each second"
-    assert "not compared under load" in shown
+    assert "not compared under load" in done.stdout
 
 
 @needs_load
+@pytest.mark.once
 def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
     shown, found = figures("handlers.py:Varies")
     assert not found["answers_compared"]
@@ -266,30 +299,35 @@ def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.once
 def test_a_handler_that_prints_does_not_stand_still(here: Path) -> None:
     _, found = figures("handlers.py:Prints")
     assert all(one["requests"] for server in found["servers"].values() for one in server["rounds"])
 
 
 @needs_load
-def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(here: Path) -> None:
-    done = bench("handlers.py:Lines", *QUICK)
+def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(
+    of_lines: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, _ = of_lines
+    assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert "threads" in lines[0] and "sync" in lines[0]
-    assert re.match(r"This takes about \d+ s: each of 2 servers is probed .* 5 rounds of 0.1 s each", lines[1])
-    assert lines[2:] == [f"round {number} of 5" for number in range(1, 6)]
+    assert re.match(r"This takes about \d+ s: each of 2 servers is probed .* 3 rounds of 0.1 s each", lines[1])
+    assert lines[2:] == [f"round {number} of 3" for number in range(1, 4)]
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize("rich", [True, False])
 def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
     if rich and importlib.util.find_spec("rich") is None:
         pytest.skip("rich is not installed")
-    program = ("-m", "fastserve") if rich else ("-c", NO_MODULE.format("rich"))
+    without = "" if rich else "import sys; sys.modules['rich'] = None\n"
     master, terminal = os.openpty()
     with contextlib.closing(os.fdopen(master, "rb", buffering=0)) as screen:
         process = subprocess.Popen(
-            [sys.executable, *program, "bench", "handlers.py:Lines", *QUICK],
+            [sys.executable, "-c", without + HASTY, "bench", "handlers.py:Lines", *QUICK],
             stdout=subprocess.DEVNULL,
             stderr=terminal,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
@@ -302,25 +340,33 @@ def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
                     shown += data
     assert process.returncode == 0, shown
     assert (b"100%" in shown) == rich
-    assert (b"round 5 of 5" in shown) == (not rich)
+    assert (b"round 3 of 3" in shown) == (not rich)
+
+
+needs_matplotlib = pytest.mark.skipif(not HAVE_MATPLOTLIB, reason="matplotlib is not installed")
 
 
 @needs_load
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot_is_drawn(here: Path, suffix: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is not installed")
-    done = bench("handlers.py:Lines", *QUICK, "--plot", f"figures.{suffix}")
-    assert done.returncode == 0, done.stderr
-    data = (here / f"figures.{suffix}").read_bytes()
-    assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+@needs_matplotlib
+@pytest.mark.once
+def test_a_plot_is_drawn_as_png(of_lines: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    assert (of_lines[1] / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_load
-def test_an_encoding_without_the_micro_sign_is_no_obstacle(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = bench("handlers.py:Lines", *QUICK)
+@needs_matplotlib
+@pytest.mark.once
+def test_a_plot_is_drawn_as_svg(here: Path) -> None:
+    done = bench("handlers.py:Lines", *QUICK, "--plot", "figures.svg")
     assert done.returncode == 0, done.stderr
+    assert (here / "figures.svg").read_bytes().startswith(b"<?xml")
+
+
+@needs_load
+def test_an_encoding_without_the_micro_sign_is_no_obstacle(
+    of_lines: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, _ = of_lines
     assert "CPU us/request" in done.stdout
 
 
@@ -328,36 +374,39 @@ def test_an_encoding_without_the_micro_sign_is_no_obstacle(here: Path, monkeypat
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["Raises"], "stdlib threads: the handler raised ValueError: about hello"),
         (["RaisesAtTheEnd"], "stdlib threads: the handler raised LookupError: when the client had gone"),
         (["RaisesHalfway"], "the handler raised ValueError: halfway\nreceived of it before: b'hal'"),
-        (["Hangs"], "no whole answer within 2 s (an answer that ends with '\\n')\nreceived so far: b'hal'"),
+        (["Hangs"], "no whole answer within 1 s (an answer that ends with '\\n')\nreceived so far: b'hal'"),
         (
             ["Lines", "--send", "no end"],
-            "no whole answer within 2 s (an answer that ends with '\\n')\nreceived so far: ",
+            "no whole answer within 1 s (an answer that ends with '\\n')\nreceived so far: ",
         ),
-        (["Lines", "--until", "close"], "did not end the connection within 2 s; received so far: b'hello\\n'"),
+        (["Lines", "--until", "close"], "did not end the connection within 1 s; received so far: b'hello\\n'"),
         (["Leaves"], "ended before a whole answer had come (it ends with '\\n')\nreceived: b'hal'"),
-        (["NeverEnds"], "its client ended the connection, and 2 s later it had not done so"),
+        (["NeverEnds"], "its client ended the connection, and 1 s later it had not done so"),
         (["SaysMore"], "the answer: b'hello\\n'; after it: b'and more'"),
         (["Lines", "--until", "3"], "the end of an answer, byte 3\nthe answer: b'hel'; after it: b'lo\\n'"),
         (["Differs"], "fastserve threads answers wrongly: it differs from stdlib threads\nb'fastserve."),
         (["OneAnswer", "--pipeline", "2"], "--pipeline 2: the handler ends its connection after one answer"),
         (
             ["OneAtATime", "--pipeline", "2"],
-            "2 requests sent at once were not all answered within 2 s\nreceived so far",
+            "2 requests sent at once were not all answered within 1 s\nreceived so far",
         ),
-        (["NoDatagrams", "--udp"], "no datagram came back within 2 s"),
+        (["NoDatagrams", "--udp"], "no datagram came back within 1 s"),
         (["RaisesOnDatagrams", "--udp"], "the handler raised ValueError: a datagram"),
         (["TwoDatagrams", "--udp"], "more than one datagram came back for one\nthe first: b'hello\\n'; the second"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_a_handler_that_does_not_work_is_told_of_and_not_timed(here: Path, arguments: list[str], said: str) -> None:
-    done = bench(f"handlers.py:{arguments[0]}", *arguments[1:], "--json", "figures.json")
+    # Where an answer is waited for that never comes, it need not be for long.
+    program = HASTY.replace("sys.exit", "probe.LIMIT = 1.0\nsys.exit") if "1 s" in said else HASTY
+    done = bench(f"handlers.py:{arguments[0]}", *arguments[1:], "--json", "figures.json", program=("-c", program))
     assert (done.returncode, done.stdout) == (1, "")
     message = done.stderr[done.stderr.index("fastserve bench: ") :]
     assert said in message
@@ -367,6 +416,7 @@ def test_a_handler_that_does_not_work_is_told_of_and_not_timed(here: Path, argum
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize(
     "handler, problem", [("Changes", r"wrong answers: [\d,]+ of [\d,]+"), ("FallsSilent", "no answers")]
 )
@@ -382,6 +432,7 @@ def test_a_server_that_answers_wrongly_under_load_has_no_figures(here: Path, han
 
 
 @needs_load
+@pytest.mark.once
 def test_a_handler_that_raises_at_times_has_errors_and_a_note(here: Path) -> None:
     done = bench("handlers.py:RaisesAtTimes", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -405,13 +456,14 @@ def test_an_error_in_the_module_of_the_handler_is_shown_as_python_shows_it(here:
 
 
 @needs_load
+@pytest.mark.once
 @pytest.mark.parametrize("moment", ["This takes", "round 1"])
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_everything(here: Path, moment: str, signum: signal.Signals, status: int) -> None:
     with started(moment, "--worker", "threads", "--worker", "fork") as process:
         assert len(processes(here)) > 4, "the servers run"
         process.send_signal(signum)
-        assert process.wait(20) == status
+        assert process.wait(60) == status
         rest = process.stderr.read().splitlines()
         assert rest[-1] == "fastserve bench: stopped"
         assert all(line.startswith("round") for line in rest[:-1])
@@ -423,7 +475,7 @@ def test_the_servers_do_not_outlive_a_command_that_is_killed(here: Path) -> None
     with started("This takes") as process:
         assert len(processes(here)) == 3
         process.kill()
-        process.wait(20)
+        process.wait(60)
         wait_until(lambda: processes(here) == [])
 
 
@@ -431,11 +483,10 @@ def test_the_servers_do_not_outlive_a_command_that_is_killed(here: Path) -> None
 def started(moment: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Start a measurement, and wait until it prints a line that begins with ``moment``."""
     with subprocess.Popen(
-        [sys.executable, "-m", "fastserve", "bench", "handlers.py:Lines", "--duration", "2", *arguments],
+        [sys.executable, "-c", HASTY, "bench", "handlers.py:Lines", "--duration", "1", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here
     ) as process:
         try:
             assert process.stderr is not None

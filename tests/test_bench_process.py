@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -111,16 +114,20 @@ def test_a_server_that_prints_rubbish_and_goes_on_is_a_failure_too(monkeypatch: 
 def test_a_server_that_does_not_print_its_port_is_given_up(
     printed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(process, "START_LIMIT", 0.5)
     pid = tmp_path / "pid"
+
+    def select_later(*arguments: Any) -> Any:
+        wait_until(lambda: pid.exists() and pid.read_text())  # however long it takes to start
+        return select.select(*arguments)
+
+    monkeypatch.setattr(process, "START_LIMIT", 0.5)
+    monkeypatch.setattr(process, "select", SimpleNamespace(select=select_later))
     code = (
         "import os, sys\nsys.stderr.write('still thinking')\nsys.stderr.flush()\n"
-        f"open({str(pid)!r}, 'w').write(str(os.getpid()))\nprint({printed!r}, end='', flush=True)\n{WAIT}"
+        f"print({printed!r}, end='', flush=True)\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n{WAIT}"
     )
-    begun = time.monotonic()
     with pytest.raises(ServerFailed, match="did not start in .* seconds: still thinking"):
         ServerProcess("server", [sys.executable, "-c", code], None)
-    assert time.monotonic() - begun < 5
     assert not is_alive(int(pid.read_text()))
 
 
@@ -236,7 +243,7 @@ def test_the_end_comes_by_force_if_need_be(monkeypatch: pytest.MonkeyPatch, stac
     everybody = [server.pid, *children(server.pid)]
     begun = time.monotonic()
     server.end()
-    assert 0.2 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 0.2
     wait_until(lambda: not any(map(is_alive, everybody)))
 
 

@@ -22,6 +22,11 @@ import report  # noqa: E402
 import run  # noqa: E402
 import works  # noqa: E402
 
+# A library of the plots would start a thread for each processor, to the end of this process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+pytestmark = pytest.mark.once
+
 MACHINE = {
     "cpu": "a processor",
     "cores": 2,
@@ -256,7 +261,7 @@ needs_cores = pytest.mark.skipif(
 
 def measured(output: Path, *options: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, str(BENCH / "run.py"), "--output", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @needs_generator

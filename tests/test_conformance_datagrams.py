@@ -32,7 +32,7 @@ def echo_handler(module: ModuleType) -> Any:
 def udp_client(family: int = socket.AF_INET, name: Any = None) -> Iterator[socket.socket]:
     """Give a datagram socket, bound if it gets a name."""
     with socket.socket(family, socket.SOCK_DGRAM) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         if name is not None:
             client.bind(name)
         yield client

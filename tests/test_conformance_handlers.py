@@ -21,7 +21,7 @@ ADDRESS = ("127.0.0.1", 0)
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address, timeout=10)
+    return socket.create_connection(server.server_address, timeout=60)
 
 
 @contextlib.contextmanager
@@ -71,14 +71,14 @@ def test_wbufsize_buffers_until_the_end_of_the_handler(module: ModuleType) -> No
         for _ in range(3):
             self.wfile.write(b"part ")
         written.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     with handling(module, handle, wbufsize=-1) as server, connect(server) as client:
-        assert written.wait(10)
+        assert written.wait(60)
         client.setblocking(False)
         with pytest.raises(BlockingIOError):
             client.recv(1)
-        client.settimeout(10)
+        client.settimeout(60)
         go_on.set()
         assert client.recv(100) == b"part part part "
 
@@ -89,7 +89,7 @@ def test_wbufsize_sends_when_it_is_full_or_flushed(module: ModuleType) -> None:
     def handle(self: Any) -> None:
         self.wfile.write(b"12")
         self.wfile.flush()
-        assert received.wait(10)
+        assert received.wait(60)
         self.wfile.write(b"345")
         self.wfile.write(b"6789abc")
 
@@ -123,7 +123,7 @@ def test_a_write_that_the_client_does_not_take_times_out(module: ModuleType) -> 
         timed_out.set()
 
     with handling(module, handle, timeout=0.05) as server, connect(server):
-        assert timed_out.wait(10)
+        assert timed_out.wait(60)
 
 
 @pytest.mark.parametrize("disable", [False, True])
@@ -279,7 +279,7 @@ def test_rfile_read_waits_for_all_and_read1_for_something(module: ModuleType) ->
 
     with handling(module, handle) as server, connect(server) as client:
         client.sendall(b"some")
-        assert got.wait(10)
+        assert got.wait(60)
         client.sendall(b"thi")
         client.sendall(b"ng!")
         assert client.recv(10) == b"done"
@@ -321,7 +321,7 @@ def test_a_reset_while_reading_raises_connection_reset_error(module: ModuleType)
     with handling(module, handle) as server:
         client = connect(server)
         client.sendall(b"go\n")
-        assert reading.wait(10)
+        assert reading.wait(60)
         reset(client)
 
 
@@ -329,7 +329,7 @@ def test_a_write_to_a_client_that_has_gone_raises(module: ModuleType) -> None:
     gone = threading.Event()
 
     def handle(self: Any) -> None:
-        assert gone.wait(10)
+        assert gone.wait(60)
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             for _ in range(1000):
                 self.wfile.write(bytes(65536))
@@ -347,7 +347,7 @@ def test_finish_passes_over_a_client_that_has_gone(
 
     def handle(self: Any) -> None:
         self.wfile.write(b"kept in the buffer")
-        assert gone.wait(10)
+        assert gone.wait(60)
 
     with handling(module, handle, base, wbufsize=-1) as server:
         client = connect(server)

@@ -84,7 +84,7 @@ def thread_failures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address, timeout=10)
+    return socket.create_connection(server.server_address, timeout=60)
 
 
 def test_a_server_is_bound_activated_and_closed(module: ModuleType, hooks: Hooks) -> None:
@@ -104,7 +104,7 @@ def test_a_stream_request_passes_all_hooks_in_the_calling_thread(module: ModuleT
 def test_a_datagram_passes_the_same_hooks(module: ModuleType, hooks: Hooks) -> None:
     with hooks.server(module, "UDPServer", "DatagramRequestHandler") as server:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(10)
+            client.settimeout(60)
             client.sendto(b"x", server.server_address)
             server.handle_request()
             assert client.recv(10) == b""

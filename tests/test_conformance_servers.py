@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import socketserver
 import sys
@@ -24,7 +25,14 @@ ADDRESS = ("127.0.0.1", 0)
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address[:2], timeout=10)
+    return socket.create_connection(server.server_address[:2], timeout=60)
+
+
+def waiting(server: Any) -> socket.socket:
+    """Connect, and return when the client can be accepted: on a busy machine that may be a moment later."""
+    client = connect(server)
+    assert select.select([server], [], [], 60)[0]
+    return client
 
 
 def connection_class(module: ModuleType) -> type[socket.socket]:
@@ -149,7 +157,7 @@ def test_a_server_on_an_abstract_name(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("timeout", [None, 5.0, 0.0])
 def test_the_request_of_a_listener_with_a_timeout_blocks(module: ModuleType, timeout: float | None) -> None:
-    with module.TCPServer(ADDRESS, None) as server, connect(server):
+    with module.TCPServer(ADDRESS, None) as server, waiting(server):
         server.socket.settimeout(timeout)
         request, _ = server.get_request()
         with request:
@@ -161,7 +169,7 @@ def test_the_request_of_a_listener_with_a_timeout_blocks(module: ModuleType, tim
 def test_the_default_timeout_is_that_of_requests(
     module: ModuleType, default_timeout: None, listener_timeout: float | None
 ) -> None:
-    with module.TCPServer(ADDRESS, None) as server, connect(server):
+    with module.TCPServer(ADDRESS, None) as server, waiting(server):
         server.socket.settimeout(listener_timeout)
         socket.setdefaulttimeout(3.5)
         request, _ = server.get_request()
@@ -345,7 +353,8 @@ def test_server_close_may_be_called_twice(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("timeout", "listener_timeout"), [(0, None), (0.02, None), (None, 0.02), (5, 0.02), (0.02, 5), (0, 5), (None, 0.0)]
+    ("timeout", "listener_timeout"),
+    [(0, None), (0.02, None), (None, 0.02), (60, 0.02), (0.02, 60), (0, 60), (None, 0.0)],
 )
 @pytest.mark.parametrize("base", ["TCPServer", "UDPServer"])
 def test_handle_request_calls_handle_timeout_once_after_the_shorter_timeout(
@@ -365,12 +374,12 @@ def test_handle_request_calls_handle_timeout_once_after_the_shorter_timeout(
         passed = time.monotonic() - before
     assert timeouts == [1]
     shorter = min(value for value in (timeout, listener_timeout) if value is not None)
-    assert shorter <= passed < shorter + 1
+    assert shorter <= passed < 30
 
 
 @pytest.mark.parametrize("timeout", [None, 0, 10])
 def test_handle_request_handles_a_client_that_waits_already(module: ModuleType, timeout: float | None) -> None:
-    with module.TCPServer(ADDRESS, lambda request, *_: request.sendall(b"hello")) as server, connect(server) as client:
+    with module.TCPServer(ADDRESS, lambda request, *_: request.sendall(b"hello")) as server, waiting(server) as client:
         server.timeout = timeout
         server.handle_timeout = lambda: pytest.fail("a client was there")
         server.handle_request()
@@ -433,7 +442,7 @@ def test_serve_forever_may_be_called_again(module: ModuleType) -> None:
         thread.start()
         assert talk(server.server_address, b"") == b"round"
         server.shutdown()
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
     server.server_close()
 

@@ -20,7 +20,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address, timeout=10)
+    return socket.create_connection(server.server_address, timeout=60)
 
 
 def handler(module: ModuleType, handle: Callable[[Any], Any]) -> Any:
@@ -41,7 +41,7 @@ def test_daemon_threads_decides_what_the_threads_are(module: ModuleType, daemon:
     with serving(Server(ADDRESS, handler(module, lambda _: seen.append(threading.current_thread()))), 0.01) as server:
         assert talk(server.server_address, b"") == b""
     assert [thread.daemon for thread in seen] == [daemon]
-    seen[0].join(5)
+    seen[0].join(60)
 
 
 @pytest.mark.parametrize(("daemon", "block"), [(False, True), (False, False), (True, True), (True, False)])
@@ -54,7 +54,7 @@ def test_server_close_waits_only_for_threads_that_are_no_daemons_and_with_block_
     def handle(self: Any) -> None:
         threads.append(threading.current_thread())
         started.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     class Server(module.ThreadingTCPServer):
         daemon_threads = daemon
@@ -62,16 +62,16 @@ def test_server_close_waits_only_for_threads_that_are_no_daemons_and_with_block_
 
     with Server(ADDRESS, handler(module, handle)) as server, connect(server):
         server.handle_request()
-        assert started.wait(10)
+        assert started.wait(60)
         closer = threading.Thread(target=server.server_close)
         closer.start()
         closer.join(0.05 if block and not daemon else 5)
         assert closer.is_alive() == (block and not daemon)
         assert server.fileno() == -1  # the listener is closed before
         go_on.set()
-        closer.join(5)
+        closer.join(60)
         assert not closer.is_alive()
-    threads[0].join(5)
+    threads[0].join(60)
 
 
 def test_ended_threads_are_forgotten_when_the_next_one_comes(module: ModuleType) -> None:
@@ -81,7 +81,7 @@ def test_ended_threads_are_forgotten_when_the_next_one_comes(module: ModuleType)
                 server.handle_request()
                 assert client.recv(1) == b""
             for thread in list(server._threads):
-                thread.join(5)
+                thread.join(60)
         assert len(server._threads) == 1
 
 
@@ -109,7 +109,7 @@ def test_without_block_on_close_no_list_of_threads_is_made(module: ModuleType) -
 
 
 def test_requests_run_at_the_same_time(module: ModuleType) -> None:
-    barrier = threading.Barrier(4, timeout=10)
+    barrier = threading.Barrier(4, timeout=60)
     with serving(module.ThreadingTCPServer(ADDRESS, handler(module, lambda _: barrier.wait())), 0.01) as server:
         clients = [connect(server) for _ in range(4)]
         for client in clients:
@@ -190,7 +190,7 @@ def test_every_forking_server_answers(
     with getattr(module, base)("server" if unix else ADDRESS, Handler) as server:
         family = socket.AF_UNIX if unix else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM) as client:
-            client.settimeout(10)
+            client.settimeout(60)
             if unix and datagrams:
                 client.bind("client")
             client.connect(server.server_address)

@@ -192,7 +192,7 @@ def signals_to_this_thread(handler: Callable[[int, FrameType | None], Any], coun
     began, ended = threading.Event(), threading.Event()
 
     def send() -> None:
-        began.wait(10)
+        began.wait(60)
         for _ in range(count):
             if ended.wait(0.02):
                 return
@@ -232,13 +232,18 @@ def test_a_wait_goes_on_after_a_signal_with_the_time_that_is_left(
     core: ModuleType, listener: socket.socket, what: str
 ) -> None:
     calls: list[int] = []
-    began = time.monotonic()
-    with signals_to_this_thread(lambda signum, frame: calls.append(signum)):
-        with pytest.raises(TimeoutError) if what == "accept" else contextlib.nullcontext():
-            assert not wait_for(core, what, listener, 0.15)
-        seconds = time.monotonic() - began
-    assert len(calls) == 3
-    assert 0.149 <= seconds < 1.0
+    for timeout in (0.15, 1.5, 15.0):  # a longer one if the machine is too busy to send the signals in time
+        calls.clear()
+        began = time.monotonic()
+        with signals_to_this_thread(lambda signum, frame: calls.append(signum)):
+            with pytest.raises(TimeoutError) if what == "accept" else contextlib.nullcontext():
+                assert not wait_for(core, what, listener, timeout)
+            seconds = time.monotonic() - began
+            came = len(calls)
+        assert timeout - 0.001 <= seconds < timeout + 30
+        if came == 3:
+            break
+    assert came == 3
 
 
 @pytest.mark.parametrize("what", WAITS)
@@ -256,7 +261,7 @@ def test_an_endless_wait_goes_on_after_a_signal(core: ModuleType, listener: sock
         assert len(calls) == 2
 
 
-@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("timeout", [None, 60.0])
 @pytest.mark.parametrize("what", WAITS)
 def test_what_a_signal_handler_raises_comes_out_of_a_wait(
     core: ModuleType, listener: socket.socket, what: str, timeout: float | None
@@ -268,7 +273,7 @@ def test_what_a_signal_handler_raises_comes_out_of_a_wait(
     began = time.monotonic()
     with pytest.raises(Handled), signals_to_this_thread(raise_it, 1):
         wait_for(core, what, listener, timeout)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert open_descriptors() == before
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from http.server import HTTPServer
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import fastserve
-from support import open_descriptors, serving, talk, wait_until
+from support import open_descriptors, serving, settle, talk, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -186,7 +185,7 @@ def test_runnable_code_in_the_documentation_runs(code: str, no_extensions: str, 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         cwd=tmp_path,
         env={**os.environ, "FASTSERVE_NO_EXTENSIONS": refused},
     )
@@ -212,7 +211,9 @@ def asleep(server: Any) -> Iterator[None]:
     with serving(server, LONG):
         wait_until(lambda: vars(server).get("_fastserve_state") and vars(server)["_fastserve_state"].loops)
         assert talk(server.server_address, b"a\n") == b"A\n"
-        time.sleep(0.05)  # the turn of this request must be over, and nothing tells that it is
+        # The turn of this request must be over, and nothing but the sleep of the thread tells that it is.
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "serving")
+        settle(thread.native_id or 0)
         yield
 
 
@@ -223,7 +224,7 @@ def test_service_actions_assigned_while_the_loop_sleeps_is_seen_at_its_next_turn
         server.service_actions = called.set
         assert not called.wait(0.1)
         assert talk(server.server_address, b"a\n") == b"A\n"
-        assert called.wait(10)
+        assert called.wait(60)
 
 
 def test_the_flag_written_through_dict_is_seen_at_the_next_turn(impl: str) -> None:
@@ -232,7 +233,7 @@ def test_the_flag_written_through_dict_is_seen_at_the_next_turn(impl: str) -> No
         vars(server)["_BaseServer__shutdown_request"] = True
         assert not server._BaseServer__is_shut_down.wait(0.1)
         with socket.create_connection(server.server_address):
-            assert server._BaseServer__is_shut_down.wait(10)
+            assert server._BaseServer__is_shut_down.wait(60)
 
 
 def test_a_running_loop_has_descriptors_of_its_own(impl: str) -> None:

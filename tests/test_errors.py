@@ -76,7 +76,7 @@ def test_an_error_of_one_connection_is_dropped_without_a_pause(
     with serving(Server(("127.0.0.1", 0), echo(module)), 0.02) as server:
         began = time.monotonic()
         assert talk(server.server_address, b"hello\n") == b"hello\n"
-        assert time.monotonic() - began < 2  # with pauses of up to half a second it would take over 20
+        assert time.monotonic() - began < 15  # with pauses of up to half a second it would take over 20
     assert failures == 50
     assert capsys.readouterr() == ("", "")
 
@@ -138,7 +138,7 @@ def test_an_icmp_error_of_a_datagram_socket_is_dropped(module: ModuleType) -> No
         name = client.getsockname()
         with serving(Server(("127.0.0.1", 0), Answer), 0.02) as server:
             server.socket.connect(name)
-            client.settimeout(10)
+            client.settimeout(60)
             client.sendto(b"one", server.server_address)
             assert client.recv(10) == b"ONE"
             client.close()
@@ -146,7 +146,7 @@ def test_an_icmp_error_of_a_datagram_socket_is_dropped(module: ModuleType) -> No
             wait_until(lambda: errors)
             with socket.socket(type=socket.SOCK_DGRAM) as second:
                 second.bind(name)
-                second.settimeout(10)
+                second.settimeout(60)
                 second.sendto(b"two", server.server_address)
                 assert second.recv(10) == b"TWO"
     assert {type(error) for error in errors} == {ConnectionRefusedError}
@@ -172,7 +172,7 @@ def test_a_server_closed_while_it_pauses_can_still_be_shut_down(impl: str, capsy
 
     with serving(Exhausted(("127.0.0.1", 0), fastserve.BaseRequestHandler), poll_interval=30) as server:
         with socket.create_connection(server.server_address):
-            assert failed.wait(10)
+            assert failed.wait(60)
             server.server_close()
             wait_until(lambda: not _loop.paused)
     assert "none left" in capsys.readouterr().err

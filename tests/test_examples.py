@@ -82,7 +82,7 @@ def test_upper_tcp_server_answers_each_client_in_capital_letters(start: Start) -
 
 def test_upper_tcp_server_reads_on_when_a_line_comes_in_pieces(start: Start) -> None:
     with start("upper_tcp_server.py") as server:
-        with socket.create_connection(("127.0.0.1", server.port()), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=60) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for piece in (b"in ", b"pieces", b"\n"):
                 connection.sendall(piece)
@@ -103,7 +103,7 @@ def test_upper_stream_server_answers_line_by_line(start: Start) -> None:
     with start("upper_stream_server.py") as server:
         port = server.port()
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+            socket.create_connection(("127.0.0.1", port), timeout=60) as connection,
             connection.makefile("rb") as lines,
         ):
             for word in (b"one", b"two"):
@@ -116,7 +116,7 @@ def test_upper_stream_server_answers_line_by_line(start: Start) -> None:
 def test_echo_handlers_serve_their_clients_together(start: Start) -> None:
     with start("echo_handlers.py") as server:
         address = ("127.0.0.1", server.port())
-        with socket.create_connection(address, timeout=10), socket.create_connection(address, timeout=10) as second:
+        with socket.create_connection(address, timeout=60), socket.create_connection(address, timeout=60) as second:
             second.sendall(b"hello")
             assert second.recv(100) == b"hello"
             assert talk(address, b"a third") == b"a third"
@@ -133,7 +133,7 @@ def test_echo_handlers_are_served_by_the_command_line(implementation: str, tmp_p
         found = re.search(r"127\.0\.0\.1:(\d+)", server.line())
         assert found
         with socket.socket(socket.AF_INET, kind) as connection:
-            connection.settimeout(10)
+            connection.settimeout(60)
             connection.connect(("127.0.0.1", int(found[1])))
             for line in (b"one\n", b"two\n"):
                 connection.sendall(line)
@@ -144,7 +144,7 @@ def test_echo_handlers_are_served_by_the_command_line(implementation: str, tmp_p
 
 def test_upper_udp_server_answers_each_datagram(start: Start) -> None:
     with start("upper_udp_server.py") as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(("127.0.0.1", server.port()))
         for word in (b"one", b"two"):
             connection.send(word)
@@ -225,14 +225,14 @@ def test_unix_server_takes_the_place_of_one_that_was_killed(start: Start, tmp_pa
 
 def test_access_control_lets_only_the_allowed_networks_in(start: Start) -> None:
     with start("access_control.py", "--allow", "192.0.2.0/24", "--allow", "127.0.0.0/8") as server:
-        with socket.create_connection(("127.0.0.1", server.port()), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=60) as connection:
             assert connection.makefile("rb").read() == b"welcome, 127.0.0.1\n"
         assert server.interrupt() == "stopped\n"
 
 
 def test_access_control_closes_the_connection_of_others(start: Start) -> None:
     with start("access_control.py", "--allow", "192.0.2.0/24") as server:
-        with socket.create_connection(("127.0.0.1", server.port()), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=60) as connection:
             assert connection.makefile("rb").read() == b""
             # Ctrl-C between the two steps of closing, which are SHUT_WR and close(), would leave the socket open.
             wait_until(lambda: is_reset(connection))
@@ -256,7 +256,7 @@ def test_several_servers_are_served_by_one_process(start: Start) -> None:
             ports[line.split()[0]] = int(line.rpartition(":")[2])
         assert len(set(ports.values())) == 3
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as clock:
-            clock.settimeout(10)
+            clock.settimeout(60)
             for _ in range(2):
                 assert talk(("127.0.0.1", ports["upper"]), b"hello\n") == b"HELLO\n"
                 assert talk(("127.0.0.1", ports["reverse"]), b"hello\n") == b"olleh\n"
@@ -274,7 +274,7 @@ def test_resp_server_keeps_what_its_clients_store(start: Start) -> None:
         )
         assert talk(("127.0.0.1", port), b"*2\r\n$3\r\nGET\r\n$8\r\ngreeting\r\n") == b"$5\r\nhello\r\n"
         assert talk(("127.0.0.1", port), b"*2\r\nGET\r\n").startswith(b"-ERR Protocol error")
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(b"PING\r\n")
             assert connection.recv(100) == b"+PONG\r\n"
             # A client that stays does not keep the server from its end.
@@ -286,7 +286,7 @@ class Talker:
 
     def __init__(self, port: int, nick: str) -> None:
         self.nick = nick
-        self.connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.connection = socket.create_connection(("127.0.0.1", port), timeout=60)
         self._lines = self.connection.makefile("r", encoding="utf-8", newline="\n")
         assert self.line() == "* what is your nick name?"
         self.say(nick)
@@ -364,7 +364,7 @@ def test_chat_server_is_not_stopped_by_clients_that_vanish_or_do_not_read(start:
 
         # One does not read, and keeps its window small, so that it counts soon.
         sloth = guests.enter_context(socket.socket())
-        sloth.settimeout(10)
+        sloth.settimeout(60)
         sloth.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sloth.connect(("127.0.0.1", port))
         sloth.sendall(b"sloth\n")

@@ -73,7 +73,7 @@ def curl(*arguments: str) -> str:
     if program is None:
         pytest.skip("curl is not installed")
     result = subprocess.run(
-        [program, "--silent", "--show-error", "--noproxy", "*", "--max-time", "10", *arguments],
+        [program, "--silent", "--show-error", "--noproxy", "*", "--max-time", "60", *arguments],
         capture_output=True,
         timeout=TIME_LIMIT,
     )
@@ -167,7 +167,7 @@ def refuse():
 meeting = threading.Barrier(2)
 
 def meet():
-    meeting.wait(10)
+    meeting.wait(60)
     return threading.current_thread() is not threading.main_thread()
 
 server = Server(("127.0.0.1", 0), logRequests=False, allow_none=True)
@@ -221,7 +221,7 @@ serve(server)
     with run(imports, body) as server:
         port = server.port()
         for method, sent in (("GET", b""), ("POST", b"x" * 200_000), ("POST", b"a=1")):
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
                 connection.request(method, "/a%20path?a=b", body=sent, headers={"Content-Type": "text/plain"})
                 answer = connection.getresponse()
                 assert (answer.status, answer.headers["X-Method"]) == (200, method)
@@ -233,15 +233,15 @@ def test_logging_config_listen_takes_a_configuration(run: Run, tmp_path: Path) -
     body = """
 listener = logging.config.listen(0)
 listener.start()
-assert listener.ready.wait(10)
+assert listener.ready.wait(60)
 listener.ready.clear()
 print("listening on", f"127.0.0.1:{listener.port}")
-assert listener.ready.wait(10)  # it is set again after each configuration
+assert listener.ready.wait(60)  # it is set again after each configuration
 logging.getLogger("test").debug("configured from outside")
 logging.config.stopListening()
 # It looks whether it is to stop after each connection, or once in a second.
 socketserver.socket.create_connection(("127.0.0.1", listener.port)).close()
-listener.join(10)
+listener.join(60)
 assert not listener.is_alive()
 """
     log = tmp_path / "log.txt"
@@ -253,7 +253,7 @@ assert not listener.is_alive()
     }
     with run("import logging.config", body) as server:
         data = json.dumps(configuration).encode()
-        with socket.create_connection(("127.0.0.1", server.port()), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=60) as connection:
             connection.sendall(struct.pack(">L", len(data)) + data)
             assert connection.recv(1) == b""
         assert server.end() == THE_END
@@ -316,8 +316,8 @@ def application(request):
 def check_werkzeug(port: int) -> tuple[int, int]:
     """Talk to the application; return the process and the thread that streamed."""
     with (
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as streaming,
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as other,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as streaming,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as other,
     ):
         streaming.request("GET", "/stream")
         stream = streaming.getresponse()
@@ -326,7 +326,7 @@ def check_werkzeug(port: int) -> tuple[int, int]:
         other.request("GET", "/go")
         assert other.getresponse().read() == b"going"
         assert stream.read() == b"!"
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         sent = os.urandom(300_000)
         connection.request("POST", "/", body=sent)
         assert connection.getresponse().read() == sent[::-1]
@@ -397,7 +397,7 @@ with until_interrupted():
 for server in servers:
     server.stop()
     server.server.server_close()
-    server.thread.join(10)
+    server.thread.join(60)
     assert not server.isAlive()
 """
 DNS_IMPORTS = "from dnslib import RCODE, RR\nfrom dnslib.server import DNSLogger, DNSServer"
@@ -409,11 +409,11 @@ def test_dnslib_answers_its_own_client_over_udp_and_tcp(run: Run) -> None:
         for port, tcp in ((server.port(), False), (server.port(), True)):
             for number in range(20):
                 question = dnslib.DNSRecord.question(f"host{number}.example")
-                answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=10))
+                answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=60))
                 assert answer.header.id == question.header.id
                 assert [str(record.rdata) for record in answer.rr] == ["192.0.2.7"]
             question = dnslib.DNSRecord.question("elsewhere.test")
-            answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=10))
+            answer = dnslib.DNSRecord.parse(question.send("127.0.0.1", port, tcp=tcp, timeout=60))
             assert answer.header.rcode == dnslib.RCODE.NXDOMAIN
         assert server.interrupt() == f"interrupted\n{THE_END}"
 
@@ -425,7 +425,7 @@ def test_dnslib_answers_dig_over_udp_and_tcp(run: Run) -> None:
         pytest.skip("dig is not installed")
     with run(DNS_IMPORTS, DNS_SERVERS) as server:
         for option in ("+notcp", "+tcp"):
-            command = [dig, "@127.0.0.1", "-p", str(server.port()), option, "+short", "+tries=1", "+time=5"]
+            command = [dig, "@127.0.0.1", "-p", str(server.port()), option, "+short", "+tries=1", "+time=60"]
             answer = subprocess.run([*command, "host.example", "A"], capture_output=True, text=True, timeout=TIME_LIMIT)
             assert (answer.returncode, answer.stdout) == (0, "192.0.2.7\n"), answer
         assert server.interrupt() == f"interrupted\n{THE_END}"

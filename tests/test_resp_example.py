@@ -48,7 +48,7 @@ def fresh(module: Any) -> Iterator[Any]:
     class Server(module.ThreadingTCPServer):  # type: ignore[misc, name-defined]
         request_queue_size = 128
 
-    with serving(Server(("127.0.0.1", 0), Handler)) as server:
+    with serving(Server(("127.0.0.1", 0), Handler), 0.01) as server:
         yield server.server_address
 
 
@@ -155,7 +155,7 @@ CONVERSATION = [
 def test_each_command_answers_as_redis_does(module: Any) -> None:
     with (
         fresh(module) as address,
-        socket.create_connection(address, timeout=10) as client,
+        socket.create_connection(address, timeout=60) as client,
         client.makefile("rb") as answers,
     ):
         for sent, expected in CONVERSATION:
@@ -199,7 +199,7 @@ def test_numbers_that_many_clients_count_up_lose_nothing(module: Any) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert talk(address, b"GET n\r\n") == b"$4\r\n1600\r\n"
 
 
@@ -214,7 +214,7 @@ def tool(name: str, port: int, *arguments: str) -> str:
         [name, "-h", "127.0.0.1", "-p", str(port), *arguments],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         stdin=subprocess.DEVNULL,
     )
     assert result.returncode == 0, result.stderr

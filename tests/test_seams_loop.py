@@ -28,7 +28,7 @@ def upper_handler(module: ModuleType) -> Any:
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address[:2], timeout=10)
+    return socket.create_connection(server.server_address[:2], timeout=60)
 
 
 # service_actions
@@ -45,7 +45,7 @@ def test_an_overridden_service_actions_runs_every_poll_interval_while_idle(modul
             super().service_actions()
 
     with serving(Server(ADDRESS, upper_handler(module)), 0.005):
-        wait_until(lambda: len(turns) >= 12, 5)
+        wait_until(lambda: len(turns) >= 12)
     assert set(turns) == {"serving"}
 
 
@@ -54,7 +54,7 @@ def test_service_actions_assigned_on_the_instance_runs_every_poll_interval_while
     server = module.TCPServer(ADDRESS, upper_handler(module))
     server.service_actions = lambda: turns.append(1)
     with serving(server, 0.005):
-        wait_until(lambda: len(turns) >= 5, 5)
+        wait_until(lambda: len(turns) >= 5)
 
 
 @pytest.mark.parametrize("base", ["ThreadingMixIn", "ForkingMixIn"])
@@ -67,7 +67,7 @@ def test_an_override_of_service_actions_behind_a_mixin_keeps_its_ticks(module: M
             turns.append(1)
 
     with serving(Server(ADDRESS, upper_handler(module)), 0.005):
-        wait_until(lambda: len(turns) >= 5, 5)
+        wait_until(lambda: len(turns) >= 5)
 
 
 def test_service_actions_is_called_after_every_request(module: ModuleType) -> None:
@@ -153,7 +153,7 @@ def test_server_bind_may_join_a_multicast_group(module: ModuleType) -> None:
             client.sendto(b"to the group", (group, server.server_address[1]))
         except OSError as error:
             pytest.skip(f"no multicast on the loopback device: {error}")
-        assert received.wait(5)
+        assert received.wait(60)
 
 
 def test_server_bind_may_make_an_ipv6_listener_dual_stack(module: ModuleType) -> None:
@@ -204,7 +204,7 @@ def test_server_close_may_come_before_shutdown(module: ModuleType) -> None:
     assert talk(server.server_address, b"a\n") == b"A\n"
     server.server_close()
     server.shutdown()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -237,7 +237,7 @@ def test_shutdown_waits_for_a_loop_that_is_just_ending(module: ModuleType) -> No
     class Event(threading.Event):
         def set(self) -> None:
             ending.set()
-            assert may_end.wait(10)
+            assert may_end.wait(60)
             super().set()
 
     server = module.TCPServer(ADDRESS, upper_handler(module))
@@ -246,16 +246,27 @@ def test_shutdown_waits_for_a_loop_that_is_just_ending(module: ModuleType) -> No
     loop.start()
     assert talk(server.server_address, b"a\n") == b"A\n"
     server._BaseServer__shutdown_request = True
-    assert ending.wait(10)
+    assert ending.wait(60)
     stopper = threading.Thread(target=server.shutdown)
     stopper.start()
     stopper.join(0.1)
     returned_early = not stopper.is_alive()
     may_end.set()
-    stopper.join(10)
-    loop.join(10)
+    stopper.join(60)
+    loop.join(60)
     server.server_close()
     assert not returned_early, "shutdown() returned before the loop had ended"
+
+
+def test_a_shutdown_that_runs_before_serve_forever_makes_it_return_at_once(module: ModuleType) -> None:
+    with module.TCPServer(ADDRESS, upper_handler(module)) as server:
+        # In the stdlib it waits for the loop that is yet to come.
+        stopper = threading.Thread(target=server.shutdown)
+        stopper.start()
+        wait_until(lambda: server._BaseServer__shutdown_request)
+        server.serve_forever(60)
+        stopper.join(60)
+        assert not stopper.is_alive()
 
 
 # serve_forever, handle_request
@@ -297,7 +308,7 @@ def test_a_serve_forever_of_ones_own_is_waited_for_by_shutdown(module: ModuleTyp
                     turns.append(1)
                     if select.select([self], [], [], poll_interval)[0]:
                         self._handle_request_noblock()
-                may_end.wait(10)
+                may_end.wait(60)
             finally:
                 self._BaseServer__shutdown_request = False
                 self._BaseServer__is_shut_down.set()
@@ -312,8 +323,8 @@ def test_a_serve_forever_of_ones_own_is_waited_for_by_shutdown(module: ModuleTyp
     stopper.join(0.1)
     returned_early = not stopper.is_alive()
     may_end.set()
-    stopper.join(10)
-    loop.join(10)
+    stopper.join(60)
+    loop.join(60)
     server.server_close()
     assert not loop.is_alive()
     assert not returned_early, "shutdown() returned while the loop still ran"
@@ -344,7 +355,7 @@ def test_handle_request_with_a_timeout_serves_until_told_to_stop(module: ModuleT
     assert talk(server.server_address, b"a\n") == b"A\n"
     wait_until(lambda: server.timeouts)
     server.abort = 1
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -364,11 +375,11 @@ def test_several_servers_are_served_from_one_select_loop(module: ModuleType) -> 
     ):
         one.sendall(b"one\n")
         two.sendall(b"two\n")
-        three.settimeout(10)
+        three.settimeout(60)
         three.sendto(b"three", third.server_address)
         waiting = {first, second, third}
         while waiting:
-            ready, _, _ = select.select(list(waiting), [], [], 10)
+            ready, _, _ = select.select(list(waiting), [], [], 60)
             assert ready
             for server in ready:
                 server.handle_request()

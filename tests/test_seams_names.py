@@ -24,7 +24,7 @@ IS_SHUT_DOWN = "_BaseServer__is_shut_down"
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address, timeout=10)
+    return socket.create_connection(server.server_address, timeout=60)
 
 
 def upper_handler(module: ModuleType) -> Any:
@@ -145,7 +145,7 @@ def test_the_flag_set_by_another_thread_stops_an_idle_loop(module: ModuleType, c
         else:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
         stop.join()
 
@@ -221,7 +221,7 @@ def test_the_flag_set_on_the_class_stops_a_running_loop_where_init_is_mocked_awa
             assert FLAG not in vars(server)
         finally:
             Server._BaseServer__shutdown_request = True
-            thread.join(5)
+            thread.join(60)
         assert not thread.is_alive()
 
 
@@ -263,8 +263,8 @@ def test_is_shut_down_may_be_waited_for_after_the_flag_was_set(module: ModuleTyp
     thread.start()
     assert talk(server.server_address, b"a\n") == b"A\n"
     server._BaseServer__shutdown_request = True
-    assert server._BaseServer__is_shut_down.wait(5)
-    thread.join(5)
+    assert server._BaseServer__is_shut_down.wait(60)
+    thread.join(60)
     server.server_close()
 
 
@@ -364,7 +364,7 @@ def test_threads_is_empty_without_requests_and_takes_len_with_them(module: Modul
 
     class Handler(module.BaseRequestHandler):
         def handle(self) -> None:
-            assert go.wait(10)
+            assert go.wait(60)
 
     server = module.ThreadingTCPServer(ADDRESS, Handler)
     assert isinstance(server._threads, module._NoThreads)

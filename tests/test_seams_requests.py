@@ -29,7 +29,7 @@ def upper_handler(module: ModuleType) -> Any:
 
 def connect(server: Any) -> socket.socket:
     """Connect to a server on this machine; the kernel accepts before the server does."""
-    return socket.create_connection(server.server_address[:2], timeout=10)
+    return socket.create_connection(server.server_address[:2], timeout=60)
 
 
 def anonymous_tls(side: int) -> ssl.SSLContext:
@@ -75,7 +75,7 @@ def test_get_request_may_hold_back_connections_until_a_worker_is_free(module: Mo
 
     class Server(module.ThreadingTCPServer):
         def get_request(self) -> Any:
-            assert free.acquire(timeout=10)
+            assert free.acquire(timeout=60)
             return super().get_request()
 
         def shutdown_request(self, request: Any) -> None:
@@ -105,7 +105,7 @@ def test_get_request_may_return_the_listeners_own_socket(module: ModuleType) -> 
 
     class Server(module.TCPServer):
         def server_bind(self) -> None:
-            self.socket.settimeout(10)
+            self.socket.settimeout(60)
 
         def server_activate(self) -> None:
             self.socket.connect(self.server_address)
@@ -122,7 +122,7 @@ def test_get_request_may_return_the_listeners_own_socket(module: ModuleType) -> 
         with Server(peer.getsockname(), Handler) as server:
             connection, _ = peer.accept()
             with connection:
-                connection.settimeout(10)
+                connection.settimeout(60)
                 connection.sendall(b"ping")
                 server.handle_request()
                 assert connection.recv(100) == b"pong"
@@ -382,7 +382,7 @@ def test_shutdown_request_is_called_once_for_every_request_so_that_it_can_releas
 
     class Server(module.ThreadingTCPServer):
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            assert semaphore.acquire(timeout=10)
+            assert semaphore.acquire(timeout=60)
             return outcome != "refused"
 
         def shutdown_request(self, request: Any) -> None:

@@ -167,7 +167,7 @@ def check(path: Path, program: str) -> tuple[int, str]:
     path.write_text(program)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--no-error-summary"]
     command += ["--cache-dir", str(path.parent.parent / "mypy_cache"), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=55, cwd=path.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=160, cwd=path.parent)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -16,7 +16,7 @@ NAMES = ["ForkingTCPServer", "ForkingUDPServer", "ForkingUnixStreamServer", "For
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_descriptor_thread_or_child_is_left(impl: str, name: str) -> None:
-    run_isolated("leaks", impl, name, "500" if name == "ForkingTCPServer" else "100")
+    run_isolated("leaks", impl, name, "100" if name == "ForkingTCPServer" else "50")
 
 
 @needs_pidfd

@@ -20,7 +20,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_descriptor_or_thread_is_left(impl: str, name: str) -> None:
-    run_isolated("leaks", impl, name, "500")
+    run_isolated("leaks", impl, name, "100")
 
 
 @pytest.mark.parametrize("block_on_close", [True, False])

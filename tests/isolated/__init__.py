@@ -18,7 +18,7 @@ FORK_WARNING = "ignore:This process:DeprecationWarning"
 
 
 def run_isolated(
-    script: str, variant: str, *arguments: str, seconds: float = 30.0, environment: Mapping[str, str] | None = None
+    script: str, variant: str, *arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None
 ) -> str:
     """Run ``isolated/script.py`` on a variant (``stdlib``, ``py`` or ``c``) and return what it printed.
 
@@ -41,7 +41,7 @@ def run_isolated(
     except subprocess.TimeoutExpired:
         hung = True
         os.killpg(process.pid, signal.SIGABRT)  # faulthandler, which -X dev turns on, then prints the stacks
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):  # it left no child behind
             os.killpg(process.pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ class Handler(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
 
 
 def ask(what: bytes) -> set[int]:
-    with socket.create_connection(server.server_address, timeout=10) as client:
+    with socket.create_connection(server.server_address, timeout=60) as client:
         client.sendall(what)
         with contextlib.suppress(ConnectionResetError):
             return {int(line) for line in client.makefile("rb")}
@@ -64,7 +64,7 @@ with module.TCPServer(("127.0.0.1", 0), Handler) as server:
     server.serve_forever(0.05 if harness.VARIANT == "stdlib" else 30.0)
     if os.getpid() != parent:
         os._exit(7)
-    actor.join(20)
+    actor.join(60)
     assert not actor.is_alive()
     assert harness.no_child_is_left(), "act() failed"
     sys.exit(0)

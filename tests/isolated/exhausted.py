@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import resource
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from isolated import harness
-from support import open_descriptors, serving
+from support import open_descriptors, serving, wait_until
 
 module = harness.module_under_test()
 LIMIT = 64
@@ -26,7 +27,7 @@ class Holder(module.BaseRequestHandler):  # type: ignore[misc, name-defined]
     def handle(self) -> None:
         self.request.sendall(b"!")
         if self.request.recv(1) == b"h":
-            release.wait(20)
+            release.wait(60)
 
 
 class Server(module.ThreadingTCPServer):  # type: ignore[misc, name-defined]
@@ -57,7 +58,7 @@ def all_descriptors_taken(but: int = 0) -> Iterator[list[int]]:
 
 def connect(server: Any) -> socket.socket:
     client = socket.socket()
-    client.settimeout(10)
+    client.settimeout(60)
     client.connect(server.server_address)
     return client
 
@@ -68,12 +69,28 @@ def ask(server: Any) -> None:
         assert client.recv(1) == b"!"
         client.sendall(b"e")
         assert client.recv(1) == b""
+    for thread in list(server._threads):
+        thread.join()  # its descriptor is free then, and not later, when all seem to be taken
 
 
 def processor_seconds(seconds: float) -> float:
     before = time.process_time()
     time.sleep(seconds)
     return time.process_time() - before
+
+
+def pause_for_an_hour() -> None:
+    """Return when the server pauses for so long that the end of the pause is not mistaken for what ends it early."""
+    backoff: Any = importlib.import_module("fastserve._loop")
+    backoff.LONGEST_PAUSE = 3600.0
+
+    def is_long() -> bool:
+        for loop in list(backoff.paused):
+            loop._backoff.pause = 3600.0
+            return bool((loop._resume_at or 0.0) > time.monotonic() + 1800.0)
+        return False  # it tries again just now
+
+    wait_until(is_long)
 
 
 def backs_off() -> None:
@@ -88,20 +105,17 @@ def backs_off() -> None:
         first.sendall(b"h")
         with all_descriptors_taken(but=1), connect(server) as second:
             used = processor_seconds(1.2)
-            assert used < 0.05, f"it used {used:.3f} s of processor time"
+            assert used < 0.2, f"it used {used:.3f} s of processor time"
             second.settimeout(0.01)
             try:
                 answer = second.recv(1)
             except TimeoutError:
-                second.settimeout(10)
+                second.settimeout(60)
             else:
                 raise AssertionError(f"it was accepted although there was no descriptor: {answer!r}")
-            # The pause is half a second now, and it has just begun or has long to go: a request that closes ends it.
-            began = time.monotonic()
-            release.set()
+            pause_for_an_hour()
+            release.set()  # a request that closes ends the pause
             assert second.recv(1) == b"!"
-            latency = time.monotonic() - began
-            assert latency < 0.25, latency
             second.sendall(b"e")
             assert second.recv(1) == b""
     lines = reported.getvalue().splitlines()
@@ -114,10 +128,10 @@ def backs_off_and_shuts_down() -> None:
     with contextlib.redirect_stderr(io.StringIO()), serving(Server(("127.0.0.1", 0), Holder), 30.0) as server:
         ask(server)
         with all_descriptors_taken(but=1), connect(server):
-            time.sleep(0.8)
+            pause_for_an_hour()
             began = time.monotonic()
             server.shutdown()
-            assert time.monotonic() - began < 0.25
+            assert time.monotonic() - began < 10.0
 
 
 def picks_up_by_itself() -> None:
@@ -148,7 +162,7 @@ def cannot_start() -> None:
             with all_descriptors_taken(but=left):
                 thread = threading.Thread(target=serve, args=(server, failures))
                 thread.start()
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive(), f"it served with {left} descriptors"
             assert [getattr(failure, "errno", failure) for failure in failures] == [errno.EMFILE]
             assert server._BaseServer__is_shut_down.is_set()

@@ -1,15 +1,18 @@
-"""Print the context switches of an idle server's thread in one second: ``idle VARIANT CLASS main|thread``."""
+"""Print the context switches of an idle server's thread: ``idle VARIANT CLASS main|thread SECONDS TIMES``.
+
+It is served with a poll_interval of 100 ms: one that ticks has many in so many seconds.
+"""
 
 from __future__ import annotations
 
 import threading
-import time
 
 from isolated import harness
 from support import serving, talk, wait_until
 
 module = harness.module_under_test()
-class_name, where = harness.ARGUMENTS
+class_name, where, seconds, times = harness.ARGUMENTS
+POLL_INTERVAL = 0.1  # seconds
 
 
 class Echo(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
@@ -31,10 +34,7 @@ def observe() -> None:
     for _ in range(5):
         assert talk(server.server_address, b"hello\n") == b"hello\n"
     wait_until(lambda: not getattr(server, "active_children", None))
-    harness.settle(server.serving_thread)
-    before = harness.context_switches(server.serving_thread)
-    time.sleep(1.0)
-    print(harness.context_switches(server.serving_thread) - before)
+    print(harness.fewest_switches(server.serving_thread, float(seconds), int(times)))
 
 
 def observe_and_stop() -> None:
@@ -44,7 +44,7 @@ def observe_and_stop() -> None:
 
 with Server(("127.0.0.1", 0), Echo) as server:
     if where == "main":
-        harness.serve_here(server, observe_and_stop)
+        harness.serve_here(server, observe_and_stop, POLL_INTERVAL)
     else:
-        with serving(server):
+        with serving(server, POLL_INTERVAL):
             observe()

@@ -31,7 +31,7 @@ with module.TCPServer(("127.0.0.1", 0), Interrupted) as server:
         server.serve_forever()
     except KeyboardInterrupt:
         interrupted = True
-    actor.join(20)
+    actor.join(60)
     assert interrupted
     assert answers == [b""], answers
     assert server._BaseServer__is_shut_down.is_set()

@@ -39,7 +39,7 @@ class Server(getattr(module, class_name)):  # type: ignore[misc]
 
 def ask_datagram(number: int) -> None:
     with socket.socket(server.address_family, socket.SOCK_DGRAM) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.bind(f"{folder}/client" if unix else ("127.0.0.1", 0))
         client.sendto(b"x%d" % number, server.server_address)
         if number % 10:

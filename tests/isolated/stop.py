@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from isolated import harness
-from support import talk
+from support import settle, talk
 
 module = harness.module_under_test()
 how, ownership, poll_interval = harness.ARGUMENTS
@@ -42,7 +42,7 @@ def signal_another_thread() -> None:
     other.start()
     assert other.ident is not None
     signal.pthread_kill(other.ident, signal.SIGINT)
-    ended.wait(20)
+    ended.wait(60)
     end.set()
     other.join()
 
@@ -65,7 +65,7 @@ causes: dict[str, Callable[[], None]] = {
 def act() -> None:
     global started_at
     assert talk(server.server_address, b"hello\n") == b"hello\n"
-    harness.settle(threading.main_thread().native_id or 0)
+    settle(threading.main_thread().native_id or 0)
     started_at = time.monotonic()
     causes[how]()
 
@@ -87,7 +87,7 @@ with ours, theirs, module.TCPServer(("127.0.0.1", 0), Echo) as server:
         interrupted = True
     seconds = time.monotonic() - started_at
     ended.set()
-    actor.join(20)
+    actor.join(60)
     assert started_at, "it ended by itself"
     assert interrupted == (how in ("interrupt_main", "signal_to_another_thread", "sigint")), interrupted
     left = signal.set_wakeup_fd(-1)

@@ -28,6 +28,7 @@ class Echo(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
 
 
 turns = 0
+POLL_INTERVAL = 0.5  # seconds
 
 
 def turn() -> None:
@@ -40,16 +41,17 @@ def turn() -> None:
 assert _backend.monkey_patched()
 turning = gevent.spawn(turn)
 for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
-    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(20):
-        serving = gevent.spawn(server.serve_forever, 0.05)
+    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(60):
+        serving = gevent.spawn(server.serve_forever, POLL_INTERVAL)
         for _ in range(5):
             assert talk(server.server_address, b"hello\n") == b"hello\n"
         before = turns
-        gevent.sleep(0.2)
-        assert turns - before > 20, "the wait of serve_forever() holds the other greenlets up"
+        with gevent.Timeout(20 * POLL_INTERVAL, AssertionError("serve_forever() holds the other greenlets up")):
+            while turns - before < 50:
+                gevent.sleep(0.001)
         server.shutdown()
         serving.get()
-    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(20):
+    with getattr(module, name)(("127.0.0.1", 0), Echo) as server, gevent.Timeout(60):
         client = gevent.spawn(talk, server.server_address, b"hello\n")
         server.handle_request()
         assert client.get() == b"hello\n"
