@@ -363,16 +363,20 @@ def new_loop(server: Any) -> Loop | SelectorLoop:
 
 
 # Implementations of service_actions() for which an idle loop need not tick, each with the question whether that
-# is so at this moment. Any other one is an override, which is called every poll_interval.
-quiet_service_actions: dict[Any, Callable[[Any, Loop | SelectorLoop], bool]] = {}
+# is so at this moment (``None``: it always is). Any other one is an override, which is called every poll_interval.
+quiet_service_actions: dict[Any, Callable[[Any, Loop | SelectorLoop], bool] | None] = {}
 
 
 def idle_timeout(server: Any, loop: Loop | SelectorLoop, poll_interval: float) -> float | None:
     """Return the seconds after which ``loop`` must look around although nothing happened (``None``: never)."""
     if loop.ticks:
         return poll_interval
-    is_quiet = quiet_service_actions.get(getattr(server.service_actions, "__func__", None))
-    return None if is_quiet is not None and is_quiet(server, loop) else poll_interval
+    is_quiet = quiet_service_actions.get(getattr(server.service_actions, "__func__", None), _never)
+    return None if is_quiet is None or is_quiet(server, loop) else poll_interval
+
+
+def _never(server: Any, loop: Loop | SelectorLoop) -> bool:
+    return False
 
 
 def _after_fork_in_child() -> None:

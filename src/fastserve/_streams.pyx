@@ -31,6 +31,8 @@ cdef double MAX_WAIT = 2000000.0  # seconds; poll(2) counts milliseconds in an i
 cdef object _plain_socket = _socket_module.socket
 cdef object _plain_init = _plain_socket.__init__
 cdef object _plain_makefile = _plain_socket.makefile
+cdef object _plain_close = _plain_socket.close
+cdef object _plain_real_close = _plain_socket._real_close
 cdef object _SocketIO = _socket_module.SocketIO
 cdef object _SocketIO_readinto = _SocketIO.readinto
 cdef object _StdlibWriter = _socketserver._SocketWriter
@@ -42,6 +44,7 @@ cdef object _descriptor_of = _socket.socket.fileno
 cdef object _timeout_of = _socket.socket.gettimeout
 cdef object _recv_into = _socket.socket.recv_into
 cdef object _sendall = _socket.socket.sendall
+cdef object _close = _socket.socket.close
 
 
 cdef object _error(int code):
@@ -214,6 +217,18 @@ class _SocketWriter(_Writer, _StdlibWriter):
 @cython.auto_pickle(False)
 cdef class _Connection:
     """The methods of :class:`Connection`."""
+
+    def close(self):
+        if (
+            type(self) is not Connection
+            or _plain_socket.close is not _plain_close
+            or _plain_socket._real_close is not _plain_real_close
+        ):
+            _plain_socket.close(self)
+            return
+        self._closed = True
+        if self._io_refs <= 0:
+            _close(self)
 
     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
         if (

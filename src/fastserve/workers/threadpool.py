@@ -179,7 +179,7 @@ def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
 
 if _is_stdlib(socketserver.BaseServer.service_actions):
     # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
-    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, lambda server, loop: True)
+    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
 
 
 class ThreadPoolTCPServer(ThreadPoolMixIn, TCPServer):
