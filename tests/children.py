@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import fastserve
 from fastserve import _backend
 
 IMPLEMENTATIONS = ["py"] if _backend.refused() else ["c", "py"]
@@ -68,6 +69,7 @@ def child(
     :param allowed: filters, as for ``python -W``, for the warnings that are no errors.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PYTHONPATH"] = str(Path(fastserve.__file__).parent.parent)  # the package that is under test here
     environment["FASTSERVE_NO_EXTENSIONS"] = "1" if implementation == "py" else "0"
     filters = [f"-W{text}" for text in ("error", *allowed)]
     errors = directory / "stderr.txt"
