@@ -1,14 +1,16 @@
-"""Serve for long, and see that nothing is lost and nothing is left: ``python bench/soak.py datagrams --help``.
+"""Serve for long, and see that nothing is lost and nothing is left: ``python bench/soak.py datagrams|connections``.
 
 ``datagrams`` sends datagrams through a ``UDPServer`` and compares what was sent with what was handled and what the
 kernel dropped (``/proc/net/udp``), and descriptors, threads and memory before and after. It ends with status 1 if
-something does not add up. It needs Linux.
+something does not add up. ``connections`` makes connections to a ``ThreadingTCPServer`` from several threads, one
+exchange each, every tenth of which makes the handler raise, and counts the answers. Both need Linux.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -29,7 +31,7 @@ def resources() -> dict[str, int]:
         fields = dict(line.split(":", 1) for line in status)
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": threading.active_count(),
+        "threads": len(os.listdir("/proc/self/task")),
         "KiB": int(fields["VmRSS"].split()[0]),
     }
 
@@ -129,7 +131,89 @@ def drain(client: socket.socket, timeout: float = 0.0) -> int:
     return count
 
 
-SOAKS = {"datagrams": soak_datagrams}
+class Exchange(fastserve.StreamRequestHandler):
+    """Answer a line; raise after every tenth."""
+
+    def handle(self) -> None:
+        line = self.rfile.readline()
+        self.wfile.write(line)
+        if line.endswith(b"0\n"):
+            raise ValueError(line)
+
+
+class StreamServer(fastserve.ThreadingTCPServer):
+    """Counts the errors of its handlers."""
+
+    request_queue_size = 1024
+    allow_reuse_address = True
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.errors = itertools.count()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        next(self.errors)
+
+
+def soak_connections(options: argparse.Namespace) -> list[str]:
+    """Connect ``requests`` times from ``clients`` threads; return what does not add up."""
+    faults: list[str] = []
+    begun = time.monotonic()
+    before = resources()
+    numbers, wrong, warm = itertools.count(), [], {}
+    with StreamServer(("127.0.0.1", 0), Exchange) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+
+        def connect() -> None:
+            while time.monotonic() - begun < options.seconds:
+                number = next(numbers)
+                if number >= options.requests:
+                    return
+                line = b"%d\n" % number
+                # The addresses of 127/8 are all this machine: so many connections need more ports than one has.
+                with socket.socket() as client:
+                    client.bind((f"127.0.0.{number % 200 + 1}", 0))
+                    client.connect(server.server_address)
+                    client.sendall(line)
+                    answer = client.makefile("rb").read()
+                if answer != line:
+                    wrong.append(number)
+                if number == WARM_UP:
+                    warm.update(resources())
+
+        clients = [threading.Thread(target=connect) for _ in range(options.clients)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        after = resources()
+        server.shutdown()
+        serving.join()
+    done = min(next(numbers) - options.clients, options.requests)
+    left = time.monotonic() + 10
+    while (end := resources())["threads"] > before["threads"] and time.monotonic() < left:
+        time.sleep(0.01)  # the idle threads are about to end
+    errors = next(server.errors)
+    print(
+        f"connections: {done:,} made, {len(wrong)} not answered, {errors:,} handlers raised, "
+        f"{time.monotonic() - begun:.1f} s; {fastserve.implementation}"
+    )
+    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
+        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    if wrong:
+        faults.append(f"{len(wrong)} connections had no answer, {wrong[0]} the first")
+    if done == options.requests and errors != len(range(0, done, 10)):
+        faults.append(f"{errors} handlers raised, not {len(range(0, done, 10))}")
+    for name in ("descriptors", "threads"):
+        if end[name] != before[name]:
+            faults.append(f"{before[name]} {name} before, {end[name]} after")
+    if warm and after["KiB"] - warm["KiB"] > GROWTH:
+        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
+    return faults
+
+
+SOAKS = {"datagrams": (soak_datagrams, 2_000_000), "connections": (soak_connections, 200_000)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,15 +222,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bench/soak.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=SOAKS)
-    parser.add_argument("--requests", type=int, default=2_000_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--requests", type=int, metavar="N", help="(default: 2,000,000 datagrams, 200,000 connections)")
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="at most (default: %(default)s)")
     parser.add_argument("--burst", type=int, default=50, metavar="N", help="sent in a row (default: %(default)s)")
     parser.add_argument(
         "--window", type=int, default=100, metavar="N", help="sent and not handled (default: %(default)s)"
     )
     parser.add_argument("--gather-replies", action="store_true")
+    parser.add_argument("--clients", type=int, default=8, metavar="N", help="that connect (default: %(default)s)")
     options = parser.parse_args(argv)
-    faults = SOAKS[options.what](options)
+    soak, requests = SOAKS[options.what]
+    options.requests = options.requests or requests
+    faults = soak(options)
     for fault in faults:
         print(f"bench/soak.py: {fault}", file=sys.stderr)
     return 1 if faults else 0

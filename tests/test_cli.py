@@ -643,7 +643,9 @@ def test_max_packet_size_cuts_datagrams(here: Path) -> None:
     with started("serve", "handlers:Packets", *options) as server:
         with connect(address_of(server), socket.SOCK_DGRAM) as client:
             assert exchange(client, b"hello") == b"HEL"
-        stop(server)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert "was longer than max_packet_size, 3 bytes, and has lost its end" in server.stderr.read()
 
 
 def test_udp_shares_its_address_only_when_asked(here: Path) -> None:

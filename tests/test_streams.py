@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import multiprocessing.reduction
+import multiprocessing.resource_sharer
 import os
 import pickle
 import selectors
@@ -134,7 +135,8 @@ def test_a_connection_cannot_be_pickled_or_copied(pair: Pair) -> None:
         copy.copy(pair[0])
 
 
-def test_multiprocessing_hands_a_connection_on(pair: Pair) -> None:
+def test_multiprocessing_hands_a_connection_on(pair: Pair, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(multiprocessing.resource_sharer.stop)  # its thread
     connection, other = pair
     for wrap in (lambda one: one, lambda one: [{"request": one}]):
         written = multiprocessing.reduction.ForkingPickler.dumps(wrap(connection))

@@ -6,6 +6,7 @@ import contextvars
 import decimal
 import os
 import re
+import signal
 import socketserver
 import sys
 import threading
@@ -322,6 +323,20 @@ def test_an_idle_thread_ends_after_a_while(no_threads: None) -> None:
 
 
 @needs_reuse
+@pytest.mark.parametrize("reuse", [True, False])
+def test_what_a_handler_sets_for_its_thread_in_the_system_stays_where_it_is_used_again(
+    no_threads: None, reuse: bool
+) -> None:
+    def handle(handler: Any) -> bool:
+        return signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+    with serving(server_of(fastserve, handle, reuse_threads=reuse)) as server:
+        assert answers(server, 1) == ["False"]
+        wait_until(lambda: counts()[0] == counts()[1])
+        assert answers(server, 1) == [repr(reuse)]
+
+
+@needs_reuse
 def test_the_list_of_threads_does_not_grow_with_the_requests(no_threads: None) -> None:
     with serving(server_of(fastserve, lambda handler: None)) as server:
         answers(server, 200)
@@ -384,7 +399,7 @@ def test_a_server_of_the_stdlib_has_it_too_under_patch(no_threads: None) -> None
     with fastserve.patched():
         with serving(server_of(socketserver, lambda handler: None)) as server:
             answers(server, 3)
-            wait_until(lambda: counts() == (1, 1))
+            wait_until(lambda: 1 <= counts()[1] == counts()[0])  # more than one if a client is faster than its thread
         wait_until(lambda: counts() == (0, 0))
 
 

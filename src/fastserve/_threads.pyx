@@ -57,6 +57,7 @@ cdef struct Completion:
     bint done
     bint daemon
     unsigned long ident
+    unsigned long generation
     PyThread_type_lock joined  # held until the job is done; made by the first who joins
     Completion *before  # the list of running jobs
     Completion *after
@@ -105,7 +106,13 @@ cdef Completion *new_completion(bint daemon) except NULL:
         raise MemoryError()
     made.references = 1
     made.daemon = daemon
+    made.generation = generation
     return made
+
+
+cdef inline bint is_done(Completion *completion) noexcept nogil:
+    """Return whether a job has ended, or was one of a thread that a forked child does not have."""
+    return completion.done or completion.generation != generation
 
 
 cdef void let_go(Completion *completion) noexcept nogil:
@@ -150,7 +157,8 @@ cdef void take_off(Completion *completion) noexcept nogil:
 cdef void finish(Completion *completion) noexcept nogil:
     """Tell those who join that the job and its thread state are gone."""
     enter()
-    take_off(completion)
+    if completion.generation == generation:
+        take_off(completion)
     completion.done = True
     if completion.joined != NULL:
         PyThread_release_lock(completion.joined)
@@ -170,14 +178,14 @@ cdef int wait_for(Completion *completion, double seconds) except -1:
     cdef double left
     cdef PyLockStatus status
     enter()
-    if completion.joined == NULL and not completion.done:
+    if completion.joined == NULL and not is_done(completion):
         completion.joined = PyThread_allocate_lock()
         if completion.joined == NULL:
             leave()
             raise MemoryError()
         PyThread_acquire_lock(completion.joined, NOWAIT_LOCK)
     leave()
-    while not completion.done:
+    while not is_done(completion):
         left = MAX_WAIT if seconds < 0 else min(max(until - now(), 0.0), MAX_WAIT)
         with nogil:
             status = PyThread_acquire_lock_timed(completion.joined, <long long>(left * 1e6), 1)
@@ -342,7 +350,7 @@ cdef class Job:
 
     @property
     def _is_stopped(self):
-        return self.completion.done
+        return is_done(self.completion)
 
     def start(self):
         """Hand the job to an idle thread, or to a new one.
@@ -422,7 +430,7 @@ cdef class Job:
 
     def is_alive(self):
         """Return whether the job was started and has not ended."""
-        return self.started and not self.completion.done
+        return self.started and not is_done(self.completion)
 
     def join(self, timeout=None):
         """Wait until the job has ended, at most ``timeout`` seconds (``None``: endless).
@@ -480,37 +488,26 @@ def counts():
     return workers, idle_count
 
 
-def _before_fork():
-    enter()
-
-
-def _after_fork_in_parent():
-    leave()
-
-
 def _after_fork_in_child():
-    # Of all threads only the calling one exists. What belonged to the others stays allocated: nobody is left to free
-    # it. Those who join see that the jobs have ended, as threading.Thread has it.
+    # Of all threads only the calling one exists. The others may have held the guard, and been about to change the lists:
+    # nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
     global guard, idle_workers, running, generation, workers, idle_count
-    cdef unsigned long me = PyThread_get_thread_ident()
     cdef PyThread_type_lock fresh = PyThread_allocate_lock()
-    cdef Completion *each = running
-    cdef Completion *following
+    cdef Completion *mine
     if fresh == NULL:
         raise MemoryError()
     guard = fresh
     generation += 1
     idle_workers = running = NULL
     workers = idle_count = 0
-    while each != NULL:
-        following = each.after
-        each.before = each.after = NULL
-        if each.ident == me:
-            running = each
-        else:
-            each.done = True
-        each = following
+    me = _threading._active.get(PyThread_get_thread_ident())
+    if isinstance(me, Job):
+        mine = (<Job>me).completion
+        mine.generation = generation
+        mine.before = mine.after = NULL
+        running = mine
 
 
-_register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+# After that of threading, which is imported above: it says which thread is the calling one.
+_register_at_fork(after_in_child=_after_fork_in_child)
 fs_keep_stacks()

@@ -136,17 +136,13 @@ class BaseServer(socketserver.BaseServer):
         try:
             if not self.__shutdown_request and not (state.shut_down and _is_closed(self)):
                 loop.open()
-                flag_wakes = _flag_wakes(self)
-                loop.ticks = loop.ticks or not flag_wakes
-                # Where the flag is ours, it is read past its descriptor, which is Python and called twice at each turn.
-                attributes = self.__dict__
-                while not (loop.stopping or (attributes[_SHUTDOWN_REQUEST] if flag_wakes else self.__shutdown_request)):
+                loop.ticks = loop.ticks or not _flag_wakes(self)
+                while not (self.__shutdown_request or loop.stopping):
                     if batches is not None and batches.are_pending():
                         ready = True
                     else:
                         ready = loop.wait(idle_timeout(self, loop, poll_interval))
-                    # bpo-35017: no request is begun after shutdown()
-                    if loop.stopping or (attributes[_SHUTDOWN_REQUEST] if flag_wakes else self.__shutdown_request):
+                    if self.__shutdown_request or loop.stopping:  # bpo-35017: no request is begun after shutdown()
                         break
                     if ready and batches is not None:
                         batches.handle()
