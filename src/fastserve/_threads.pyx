@@ -69,8 +69,7 @@ cdef struct Worker:
     Completion *completion
     unsigned long ident
     unsigned long native_id
-    unsigned long generation
-    size_t stack_size
+    unsigned long season
     bint idle
     Worker *before  # the list of idle threads, the last to be used first
     Worker *after
@@ -80,6 +79,7 @@ cdef PyThread_type_lock guard = PyThread_allocate_lock()
 cdef Worker *idle_workers = NULL
 cdef Completion *running = NULL
 cdef unsigned long generation = 0  # of processes: one more in every forked child
+cdef unsigned long season = 0  # a thread that took its job in another one ends with it
 cdef double idle_seconds = 10.0  # after which a thread without a job ends
 cdef size_t stack_size = 0  # what threading.stack_size() said when the last thread was started
 cdef Py_ssize_t workers = 0
@@ -215,8 +215,7 @@ cdef bint next_job(Worker *worker) noexcept nogil:
     """Wait for the next job; return whether there is one, or the thread is to end."""
     global idle_workers, idle_count
     enter()
-    # In a forked child its only thread ends with its job, as any other thread does.
-    if worker.generation != generation or worker.stack_size != stack_size:
+    if worker.season != season:
         leave()
         return False
     worker.idle = True
@@ -265,8 +264,7 @@ cdef void main(void *argument) noexcept nogil:
         if not next_job(worker):
             break
     enter()
-    if worker.generation == generation:
-        workers -= 1
+    workers -= 1
     leave()
     PyThread_free_lock(worker.wakeup)
     free(worker)
@@ -278,6 +276,7 @@ cdef Worker *pop_idle() noexcept nogil:
     worker = idle_workers
     if worker != NULL:
         take_idle(worker)
+        worker.season = season
     leave()
     return worker
 
@@ -291,8 +290,7 @@ cdef Worker *new_worker() except NULL:
         free(worker)
         raise MemoryError()
     PyThread_acquire_lock(worker.wakeup, NOWAIT_LOCK)
-    worker.generation = generation
-    worker.stack_size = stack_size
+    worker.season = season
     return worker
 
 
@@ -301,9 +299,7 @@ cdef int notice_stack_size() except -1:
     global stack_size
     cdef size_t wanted = PyThread_get_stacksize()  # _thread.stack_size() sets it, to zero
     if wanted != stack_size:
-        enter()
         stack_size = wanted
-        leave()
         end_idle()
     return 0
 
@@ -370,7 +366,9 @@ cdef class Job:
             self._ident = worker.ident
             _threading._active[self._ident] = self
         except BaseException:
+            enter()
             PyThread_release_lock(worker.wakeup)  # without a job it ends
+            leave()
             raise
         self.started = True
         begin(self.completion, worker.ident)
@@ -449,11 +447,16 @@ cdef class Job:
 
 
 def end_idle():
-    """End the threads that have no job. They may take a moment for it."""
-    cdef Worker *worker = pop_idle()
-    while worker != NULL:
+    """End the threads that have no job, and have the others end with theirs. They may take a moment for it."""
+    global season
+    cdef Worker *worker
+    enter()  # each needs the guard before it goes, and so waits until its lock is let go of
+    season += 1
+    while idle_workers != NULL:
+        worker = idle_workers
+        take_idle(worker)
         PyThread_release_lock(worker.wakeup)
-        worker = pop_idle()
+    leave()
 
 
 def join_all():
@@ -491,13 +494,14 @@ def counts():
 def _after_fork_in_child():
     # Of all threads only the calling one exists. The others may have held the guard, and been about to change the lists:
     # nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
-    global guard, idle_workers, running, generation, workers, idle_count
+    global guard, idle_workers, running, generation, season, workers, idle_count
     cdef PyThread_type_lock fresh = PyThread_allocate_lock()
     cdef Completion *mine
     if fresh == NULL:
         raise MemoryError()
     guard = fresh
     generation += 1
+    season += 1  # the only thread of the child ends with its job, as any other thread does
     idle_workers = running = NULL
     workers = idle_count = 0
     me = _threading._active.get(PyThread_get_thread_ident())
@@ -506,6 +510,7 @@ def _after_fork_in_child():
         mine.generation = generation
         mine.before = mine.after = NULL
         running = mine
+        workers = 1
 
 
 # After that of threading, which is imported above: it says which thread is the calling one.

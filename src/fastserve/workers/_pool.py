@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fastserve import streams
 from fastserve._loop import Loop
 
 _std: Any = socketserver  # see server.py
@@ -221,7 +222,7 @@ class Pool:
             work = inherited.get_nowait()
             # The child's descriptor is another one for the same connection: closing it shuts nothing down, and keeping
             # it would keep the connection open after the parent has closed it.
-            if work is not None and type(work.request) is socket.socket:
+            if work is not None and type(work.request) in (socket.socket, streams.Connection):
                 work.request.close()
 
 
