@@ -492,8 +492,8 @@ def counts():
 
 
 def _after_fork_in_child():
-    # Of all threads only the calling one exists. The others may have held the guard, and been about to change the lists:
-    # nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
+    # Of all threads only the calling one exists. The others may have held the guard, and been about to change the
+    # lists: nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
     global guard, idle_workers, running, generation, season, workers, idle_count
     cdef PyThread_type_lock fresh = PyThread_allocate_lock()
     cdef Completion *mine
