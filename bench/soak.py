@@ -36,6 +36,14 @@ def resources() -> dict[str, int]:
     }
 
 
+def resources_left(before: dict[str, int]) -> dict[str, int]:
+    """Return what is held at the end, when threads that are about to end have done so."""
+    deadline = time.monotonic() + 10
+    while (found := resources())["threads"] > before["threads"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
 def kernel_drops(port: int) -> int:
     """Return how many datagrams the kernel has dropped at a port of IPv4, because nobody took them."""
     with open("/proc/net/udp") as table:
@@ -91,7 +99,7 @@ def soak_datagrams(options: argparse.Namespace) -> list[str]:
         server.shutdown()
         serving.join()
         took = time.monotonic() - begun
-    end = resources()
+    end = resources_left(before)
     print(
         f"datagrams: {sent:,} sent, {server.handled:,} handled, {dropped:,} dropped by the kernel, {answered:,} "
         f"answers seen, {took:.1f} s; {fastserve.implementation}"
@@ -191,9 +199,7 @@ def soak_connections(options: argparse.Namespace) -> list[str]:
         server.shutdown()
         serving.join()
     done = min(next(numbers) - options.clients, options.requests)
-    left = time.monotonic() + 10
-    while (end := resources())["threads"] > before["threads"] and time.monotonic() < left:
-        time.sleep(0.01)  # the idle threads are about to end
+    end = resources_left(before)
     errors = next(server.errors)
     print(
         f"connections: {done:,} made, {len(wrong)} not answered, {errors:,} handlers raised, "
