@@ -32,6 +32,7 @@ test: $(built) $(test_tools)
 	$(VENV)/bin/python -m pytest
 
 bench: $(built) $(bench_tools) bench-servers
+	$(VENV)/bin/python bench/clients.py --json bench/results/clients.json
 	$(VENV)/bin/python bench/run.py --documents
 
 bench-quick: $(built) $(bench_tools) bench-servers

@@ -229,8 +229,13 @@ def details(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*filter(None, parts), WHAT_IS_MARKED])
 
 
-def page(result: Mapping[str, Any], charts: Mapping[str, str]) -> str:
-    """Return the generated part of ``docs/performance.md``; ``charts`` maps the texts of images to their paths."""
+def page(result: Mapping[str, Any], charts: Mapping[str, str], clients: str = "") -> str:
+    """Return the generated part of ``docs/performance.md``.
+
+    ``charts`` maps the texts of images to their paths; ``clients`` is the table of ``bench/clients.py``, if there is
+    one.
+    """
+    with_clients = ["### With wrk, ab, redis-benchmark and dnsperf", clients.strip()] if clients else []
     return "\n\n".join(
         [
             setting(result),
@@ -238,6 +243,7 @@ def page(result: Mapping[str, Any], charts: Mapping[str, str]) -> str:
             *(f"![{text}]({path})" for text, path in charts.items()),
             "### Where fastserve loses",
             losses_text(result),
+            *with_clients,
             "### Every server",
             details(result),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import clients
 import report
 from compare import comparison
 from contenders import CONTENDERS, HERE, Contender, slowed
@@ -28,6 +30,7 @@ RESULTS = HERE / "results"
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PERFORMANCE = DOCS / "performance.md"
+CLIENTS = RESULTS / "clients.json"  # what bench/clients.py has measured
 CHARTS = {
     "CPU time per request, by server and work": "images/cpu-per-request.svg",
     "Throughput against connections": "images/throughput.svg",
@@ -56,10 +59,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N")
     parser.add_argument("--seconds", type=float, metavar="S", help="of each round")
     parser.add_argument("--slow-accept", type=float, metavar="MICROSECONDS", help="add a fastserve that wastes these")
+    parser.add_argument("--unpinned", action="store_true", help="let servers and load run on any processor")
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: bench/results/full.json or quick.json)")
     parser.add_argument("--documents", action="store_true", help="write docs/performance.md, the charts, the README")
     options = parser.parse_args(argv)
-    if options.documents and (options.quick or options.works or options.servers or options.slow_accept):
+    partly = options.quick or options.works or options.servers or options.slow_accept or options.unpinned
+    if options.documents and partly:
         parser.error("the documents are made from all works and servers")
     for names, known in ((options.works, WORKS), (options.servers, CONTENDERS)):
         if unknown := set(names or ()) - {one.name for one in known}:
@@ -107,10 +112,15 @@ def first_line(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip().partition("\n")[0]
 
 
-def run(plan: Sequence[tuple[Work, Sequence[Contender]]], rounds: int, seconds: float) -> dict[str, Any]:
+def run(
+    plan: Sequence[tuple[Work, Sequence[Contender]]], rounds: int, seconds: float, unpinned: bool = False
+) -> dict[str, Any]:
     """Measure, and return the result as it is stored. Raises ``ServerFailed`` where nothing can be measured."""
     generator()
+    server_core: int | None
     server_core, load_core = cores()
+    if unpinned:
+        server_core = None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
@@ -119,7 +129,7 @@ def run(plan: Sequence[tuple[Work, Sequence[Contender]]], rounds: int, seconds: 
     say(f"{len(plan)} works, about {estimate(plan, rounds, seconds) / 60:.1f} minutes")
     begun = time.monotonic()
     works = []
-    with pinned(load_core):
+    with contextlib.nullcontext() if unpinned else pinned(load_core):
         for number, (work, contenders) in enumerate(plan, 1):
             since = time.monotonic() - begun
             say(f"[{number}/{len(plan)}, {since:.0f} s] {work.title}: {len(contenders)} servers")
@@ -153,7 +163,9 @@ def write_documents(result: dict[str, Any]) -> None:
     charts.draw_cpu(result, cpu, note)
     charts.draw_throughput(result, throughput, note)
     from_root = {text: f"docs/{path}" for text, path in CHARTS.items()}
-    for page, part in ((PERFORMANCE, report.page(result, CHARTS)), (README, report.readme(result, from_root))):
+    measured = clients.markdown(json.loads(CLIENTS.read_text("utf-8"))) if CLIENTS.exists() else ""
+    performance = report.page(result, CHARTS, measured)
+    for page, part in ((PERFORMANCE, performance), (README, report.readme(result, from_root))):
         page.write_text(report.replaced(page.read_text("utf-8"), part), "utf-8")
         say(f"wrote {page.relative_to(ROOT)}")
 
@@ -179,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_documents(json.loads(options.render.read_text("utf-8")))
         return 0
     try:
-        result = run(chosen(options), options.rounds, options.seconds)
+        result = run(chosen(options), options.rounds, options.seconds, options.unpinned)
     except ServerFailed as error:
         print(f"bench/run.py: {error}", file=sys.stderr)
         return 2
