@@ -19,6 +19,7 @@ import pytest
 
 import fastserve
 from fastserve import _loop, pollers
+from fastserve.workers import threadpool
 from fastserve.workers._pool import default_workers
 from isolated import run_isolated
 from support import open_descriptors, serving, talk, wait_until
@@ -553,3 +554,33 @@ def test_a_forked_child_begins_with_a_pool_of_its_own(impl: str, scenario: str) 
 
 def test_no_request_of_many_is_lost(impl: str) -> None:
     run_isolated("pool_stress", impl, "2000")
+
+
+def test_a_full_pool_leaves_the_rest_of_a_batch_of_datagrams_for_later(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, handled = threading.Event(), []
+
+    class Wait(fastserve.BaseRequestHandler):
+        def handle(self) -> None:
+            assert gate.wait(60)
+            handled.append(self.request[0])
+
+    class Datagrams(fastserve.ThreadPoolUDPServer):
+        max_workers, max_queued = 1, 0
+
+    def wait_for_place(*args: Any) -> None:
+        raise AssertionError("the loop's thread waits for a place, where only a tick wakes it")
+
+    monkeypatch.setattr(threadpool, "_wait_for_place", wait_for_place)
+    sent = [b"%d" % number for number in range(20)]
+    server = Datagrams(("127.0.0.1", 0), Wait)
+    with socket.socket(type=socket.SOCK_DGRAM) as sender:
+        for data in sent:
+            sender.sendto(data, server.server_address)
+    with serving(server, POLL_INTERVAL):
+        wait_until(lambda: _loop.State.of(server).loops and _loop.State.of(server).loops[0].held)
+        assert handled == []
+        gate.set()
+        wait_until(lambda: len(handled) == len(sent))
+    assert handled == sent

@@ -235,7 +235,7 @@ cdef class Turns:
                 if not _is_own(server, "service_actions", self._service_actions):
                     server.service_actions()
                 plain = self._is_plain(server)
-            if loop.stopping or self._flag_is_set(server):
+            if loop.stopping or loop.held or self._flag_is_set(server):
                 return
 
     cdef int _look_at_class(self, object server, PyTypeObject *cls) except -1:

@@ -71,7 +71,7 @@ class Turns:
         pass
 
     def run(self, server: Any, loop: Any, kept: deque[Request]) -> None:
-        """Handle what is kept, one after the other, until nothing is left or the loop is to stop.
+        """Handle what is kept, one after the other, until nothing is left or the loop is to stop or held.
 
         Between two of them ``service_actions()`` is called. The loop's thread calls it; what a handler raises
         beyond ``Exception`` comes out of it, and the rest is still kept.
@@ -81,7 +81,7 @@ class Turns:
             if not kept:
                 return
             server.service_actions()
-            if loop.stopping or server._BaseServer__shutdown_request:
+            if loop.stopping or loop.held or server._BaseServer__shutdown_request:
                 return
 
 

@@ -138,7 +138,7 @@ class BaseServer(socketserver.BaseServer):
                 loop.open()
                 loop.ticks = loop.ticks or not _flag_wakes(self)
                 while not (self.__shutdown_request or loop.stopping):
-                    if batches is not None and batches.are_pending():
+                    if batches is not None and not loop.held and batches.are_pending():
                         ready = True
                     else:
                         ready = loop.wait(idle_timeout(self, loop, poll_interval))

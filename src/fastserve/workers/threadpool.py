@@ -10,7 +10,7 @@ import weakref
 from types import MethodType
 from typing import Any, Final
 
-from fastserve import pollers
+from fastserve import datagrams, pollers
 from fastserve._loop import Loop, State, new_event, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
 from fastserve.workers._pool import Limits, Pool, Work, default_workers
@@ -131,7 +131,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
         deadline = None if timeout is None else time.monotonic() + timeout
         if pool.wait_for_place(limits, timeout):
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if pollers.wait_for_request(self, left):
+            if datagrams.are_kept(self) or pollers.wait_for_request(self, left):
                 self._handle_request_noblock()
                 return
         self.handle_timeout()  # type: ignore[attr-defined]
