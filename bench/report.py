@@ -14,11 +14,16 @@ MARKED = "†"
 LOSSES = (
     "In brackets: how many times the other's CPU time fastserve takes, the mean of the paired rounds and their "
     "range. The best worker model on the C core is held against every server, each other one against the stdlib's of "
-    "that name."
+    "that name. The errors below belong to it: who leaves clients without an answer has less to do."
 )
 WHAT_IS_MARKED = (
     f"{MARKED} The load generator used over 95% of its core in most rounds: the rate may be its own, "
     "the CPU time of the server holds."
+)
+
+WHAT_ERRORS_ARE = (
+    "Errors of kept connections are connections that had no answer for a whole round, errors of datagrams are losses. "
+    "A server with many of them has served fewer clients than the others, which is cheaper for each request."
 )
 
 
@@ -226,7 +231,7 @@ def details(result: Mapping[str, Any]) -> str:
     for work in result["works"]:
         if work["table"]:
             parts += [f"#### {work['title']}", work_table(work), pairs_text(work)]
-    return "\n\n".join([*filter(None, parts), WHAT_IS_MARKED])
+    return "\n\n".join([*filter(None, parts), WHAT_ERRORS_ARE, WHAT_IS_MARKED])
 
 
 def page(result: Mapping[str, Any], charts: Mapping[str, str], clients: str = "") -> str:
