@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from fastserve import streams
 from fastserve._loop import Loop
@@ -21,12 +21,9 @@ from fastserve._loop import Loop
 _std: Any = socketserver  # see server.py
 
 
-class Work(NamedTuple):
-    """A request for a worker: the method that does the work, and its arguments."""
-
-    method: Callable[[Any, Any], object]
-    request: Any
-    client_address: Any
+# A request for a worker: the method that does the work, the request, the address of the client. It is a plain tuple,
+# because one is made for every request.
+Work: TypeAlias = tuple[Callable[[Any, Any], object], Any, Any]
 
 
 class Limits(NamedTuple):
@@ -56,6 +53,8 @@ class Pool:
 
     def __init__(self, name: str, default_workers: int) -> None:
         self.default_workers = default_workers
+        self.limits = Limits(0, 0)  # the last ones that were asked for, and what was asked
+        self.asked: tuple[int | None, int] | None = None
         self._name = name
         self._ending = False
         self._begin()
@@ -73,7 +72,6 @@ class Pool:
         self._count = 0  # workers
         self._started = 0  # workers that ever were, for their names
         self._threads: list[threading.Thread] = []
-        self._limits = Limits(0, 0)  # the last ones that were given
         self._held: list[Loop] = []  # loops to be told of a free place
         self._waiting = 0  # threads to be told of a free place
         self._somebody_waits = False  # either of both
@@ -84,7 +82,6 @@ class Pool:
         :param daemon: whether a worker that is started is a daemon.
         :raises RuntimeError: if there is no worker and none can be started. The work is not done then.
         """
-        self._limits = limits
         self._under_way.append(None)
         self._queue.put(work)
         if self._count < len(self._under_way) and self._count < limits.workers:
@@ -144,7 +141,6 @@ class Pool:
         """Wait until the pool is not full, at most ``timeout`` seconds (``None``: endless); return whether it is so."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            self._limits = limits
             self._waiting += 1
             self._somebody_waits = True
             try:
@@ -166,7 +162,7 @@ class Pool:
     def _tell(self) -> None:
         """Tell all who wait for a place, if there is one."""
         with self._lock:
-            if self.is_full(self._limits):
+            if self.is_full(self.limits):
                 return
             for loop in self._held:
                 loop.resume()
@@ -222,8 +218,8 @@ class Pool:
             work = inherited.get_nowait()
             # The child's descriptor is another one for the same connection: closing it shuts nothing down, and keeping
             # it would keep the connection open after the parent has closed it.
-            if work is not None and type(work.request) in (socket.socket, streams.Connection):
-                work.request.close()
+            if work is not None and type(work[1]) in (socket.socket, streams.Connection):
+                work[1].close()
 
 
 def _work(pool: Pool) -> None:
@@ -231,10 +227,11 @@ def _work(pool: Pool) -> None:
     mine = pool._queue
     while (work := pool.get(mine)) is not None:
         try:
-            work.method(work.request, work.client_address)
+            method, request, client_address = work
+            method(request, client_address)
         except BaseException:
             _report()
-        del work  # an idle worker keeps neither a request nor the server
+        del work, method, request, client_address  # an idle worker keeps neither a request nor the server
         if mine is not pool._queue:
             return  # a forked child
         pool.done()

@@ -13,7 +13,7 @@ from typing import Any, Final
 from fastserve import datagrams, pollers
 from fastserve._loop import Loop, State, new_event, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
-from fastserve.workers._pool import Limits, Pool, Work, default_workers
+from fastserve.workers._pool import Limits, Pool, default_workers
 from fastserve.workers.threads import ThreadingMixIn
 
 POOL: Final = "_fastserve_pool"  # the key in the server's __dict__
@@ -89,11 +89,11 @@ class ThreadPoolMixIn(ThreadingMixIn):
         :raises RuntimeError: if there is no thread and none can be started. As long as there is one, the request waits
             for it.
         """
-        pool = _pool_of(self)
+        pool = vars(self).get(POOL) or _pool_of(self)
         limits = _limits(self, pool)
         if pool.is_full(limits):
             _wait_for_place(self, pool, limits)
-        pool.submit(Work(self.process_request_thread, request, client_address), limits, self.daemon_threads)
+        pool.submit((self.process_request_thread, request, client_address), limits, self.daemon_threads)
         if pool.is_full(limits):
             loop = State.of(self).own_loop()
             if isinstance(loop, Loop):
@@ -161,12 +161,16 @@ def _pool_of(server: Any) -> Pool:
 
 def _limits(server: Any, pool: Pool) -> Limits:
     """Return the limits of the pool of ``server``. Raises ``ValueError``."""
-    workers: int = pool.default_workers if server.max_workers is None else server.max_workers
-    if workers < 1:
-        raise ValueError("max_workers must be greater than 0")
-    if server.max_queued < 0:
-        raise ValueError("max_queued must not be negative")
-    return Limits(workers, server.max_queued)
+    asked = server.max_workers, server.max_queued
+    if asked != pool.asked:
+        workers: int = pool.default_workers if server.max_workers is None else server.max_workers
+        if workers < 1:
+            raise ValueError("max_workers must be greater than 0")
+        if server.max_queued < 0:
+            raise ValueError("max_queued must not be negative")
+        pool.limits = Limits(workers, server.max_queued)
+        pool.asked = asked
+    return pool.limits
 
 
 def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
