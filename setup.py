@@ -4,6 +4,7 @@ Set ``FASTSERVE_NO_EXTENSIONS=1`` to build the pure-Python package. It is an exp
 extension is asked for and its compilation fails, the build fails.
 """
 
+import glob
 import os
 import sys
 
@@ -21,9 +22,7 @@ def extensions() -> list[Extension]:
     # Imported here so that the pure-Python build does not need Cython.
     from Cython.Build import cythonize
 
-    headers = [
-        f"src/fastserve/{name}" for name in ("_addresses.pxd", "_compat.h", "_load.h", "_stacks.h", "_syscalls.pxd")
-    ]
+    headers = sorted(glob.glob("src/fastserve/*.h") + glob.glob("src/fastserve/*.pxd"))
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]
     names = ["_core", "_streams", "_datagrams", "_threads"]

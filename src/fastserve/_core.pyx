@@ -4,7 +4,6 @@
 Its contract and its types are those of ``_core_py``; the docstrings here say only what is particular to C.
 """
 
-import os as _os
 import socket as _socket_module
 
 import _socket
@@ -15,9 +14,10 @@ from libc.math cimport ceil
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from fastserve._addresses cimport address_of
+from fastserve._clock cimport MAX_WAIT, now
+from fastserve._errors cimport error_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE,
     FD_ZERO, FS_HAVE_EPOLL, FS_HAVE_EVENTFD, POLLIN, close_descriptor, epoll_event, fd_set, fs_accept,
@@ -29,8 +29,6 @@ HAVE_EPOLL = bool(FS_HAVE_EPOLL)
 
 cdef enum:
     MAX_EVENTS = 64  # events taken from the kernel at a time
-
-cdef double MAX_WAIT = 2000000.0  # seconds; poll(2) and epoll_wait(2) count milliseconds in an int
 
 # The class whose accept() may be bypassed; a library that replaces socket.socket (gevent, eventlet) before this
 # module is imported leaves none. Family, type and protocol are read at the C level, as ints: the properties of
@@ -44,41 +42,30 @@ cdef object _timeout_of = _socket.socket.gettimeout
 cdef object _descriptor_of = _socket.socket.fileno
 
 
-cdef object _error(int code):
-    # The constructor of OSError picks the subclass that belongs to the code.
-    return OSError(code, _os.strerror(code))
-
-
 cdef int _checked(int fd) except -1:
     if fd < 0:
         raise ValueError(f"Invalid file descriptor: {fd}")
     return fd
 
 
-cdef double _now() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec + now.tv_nsec * 1e-9
-
-
 cdef double _until(object timeout) except -2.0:
     """Return the time at which ``timeout`` seconds from now have passed, or -1.0 if it is endless."""
     if timeout is None:
         return -1.0
-    return _now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+    return now() + min(max(<double>timeout, 0.0), MAX_WAIT)
 
 
 cdef int _left(double until) noexcept nogil:
     """Return the milliseconds left until then, rounded up as :mod:`selectors` does, or -1 for endless."""
     if until < 0.0:
         return -1
-    return <int>ceil(max(until - _now(), 0.0) * 1000.0)
+    return <int>ceil(max(until - now(), 0.0) * 1000.0)
 
 
 cdef int _interrupted(int result) except -1:
     """Deal with the failure of a wait: run signal handlers after EINTR, raise anything else."""
     if result != -EINTR:
-        raise _error(-result)
+        raise error_of(-result)
     PyErr_CheckSignals()  # declared to raise what a handler raises
     return 0
 
@@ -92,7 +79,7 @@ cdef class EpollPoller:
         self._epoll = -1
         cdef int fd = fs_epoll_create()
         if fd < 0:
-            raise _error(-fd)
+            raise error_of(-fd)
         self._epoll = fd
 
     def __dealloc__(self):
@@ -106,14 +93,14 @@ cdef class EpollPoller:
     def register(self, int fd):
         cdef int result = fs_epoll_ctl(self._opened(), EPOLL_CTL_ADD, _checked(fd), EPOLLIN)
         if result < 0:
-            raise _error(-result)
+            raise error_of(-result)
 
     def unregister(self, int fd):
         cdef int result = fs_epoll_ctl(self._epoll, EPOLL_CTL_DEL, fd, 0)
         # A descriptor that was closed meanwhile is one that the kernel has forgotten; EPERM is said of one that epoll
         # cannot watch, such as a file.
         if result < 0 and result != -ENOENT and result != -EBADF and result != -EPERM:
-            raise _error(-result)
+            raise error_of(-result)
 
     def wait(self, timeout=None):
         cdef epoll_event events[MAX_EVENTS]
@@ -240,7 +227,7 @@ cdef class Wakeup:
         else:
             result = fs_socketpair(pair)
         if result < 0:
-            raise _error(-result)
+            raise error_of(-result)
         self._reader = pair[0]
         self._writer = pair[1]
 
@@ -329,7 +316,7 @@ def accept(listener, request_class=_plain_socket):
         elif result == -EAGAIN and _timeout_of(listener):
             return listener.accept()  # it has a timeout, and waits for what is left of it
         else:
-            raise _error(-result)
+            raise error_of(-result)
     try:
         address = address_of(&storage, length, family)
         request = request_class(family, _type_of(listener), _proto_of(listener), result)

@@ -18,6 +18,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from fastserve._addresses cimport address_of
+from fastserve._errors cimport error_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_mmsghdr, fs_poll, fs_recvmmsg, fs_sendmmsg, htonl, htons,
     inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
@@ -68,11 +69,6 @@ cdef str FLAG = "_BaseServer__shutdown_request"
 
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _descriptor_of = _socket.socket.fileno
-
-
-cdef object _error(int code):
-    # The constructor of OSError picks the subclass that belongs to the code.
-    return OSError(code, _os.strerror(code))
 
 
 cdef class Receiver:
@@ -169,9 +165,9 @@ cdef class Receiver:
             elif result == -EAGAIN:
                 return []
             else:
-                raise _error(-result)
+                raise error_of(-result)
         if later:
-            self.failed = _error(later)
+            self.failed = error_of(later)
         received = []
         for i in range(result):
             message = &self._messages[i]
@@ -511,7 +507,7 @@ cdef class Gatherer:
                 else:
                     data, address = replies[self._first]
                     self._first += 1
-                    self._report(_error(-result), data, address)
+                    self._report(error_of(-result), data, address)
             self._first = self._count = 0
             replies.clear()
         finally:
@@ -547,5 +543,5 @@ cdef int _wait_writable(int descriptor, bint in_vain) except -1:
     if result == -EINTR:
         PyErr_CheckSignals()
     elif result < 0:
-        raise _error(-result)
+        raise error_of(-result)
     return 0

@@ -8,7 +8,6 @@ goes to the stdlib's own method, so that it does what that does: a closed file, 
 class that somebody has replaced.
 """
 
-import os as _os
 import socket as _socket_module
 import socketserver as _socketserver
 import sys as _sys
@@ -21,12 +20,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, EINTR
 from libc.math cimport ceil
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from fastserve._clock cimport MAX_WAIT, now
+from fastserve._errors cimport error_of
 from fastserve._streams_py import reduce_connection as _reduce_connection
 from fastserve._syscalls cimport MSG_DONTWAIT, POLLIN, fs_poll, fs_recv, fs_send, pollfd
-
-cdef double MAX_WAIT = 2000000.0  # seconds; poll(2) counts milliseconds in an int
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _plain_init = _plain_socket.__init__
@@ -47,17 +45,6 @@ cdef object _sendall = _socket.socket.sendall
 cdef object _close = _socket.socket.close
 
 
-cdef object _error(int code):
-    # The constructor of OSError picks the subclass that belongs to the code.
-    return OSError(code, _os.strerror(code))
-
-
-cdef double _now() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec + now.tv_nsec * 1e-9
-
-
 cdef Py_ssize_t _receive(int fd, void *data, size_t size, double until) noexcept nogil:
     """Receive until then; return what recv(2) returns, -errno, or -EAGAIN if nothing came.
 
@@ -73,7 +60,7 @@ cdef Py_ssize_t _receive(int fd, void *data, size_t size, double until) noexcept
         result = fs_recv(fd, data, size, MSG_DONTWAIT)
         if result != -EAGAIN:
             return result
-        left = until - _now()
+        left = until - now()
         if left < 0.0:
             return -EAGAIN
         waited.revents = 0
@@ -110,7 +97,7 @@ cdef class _Reader:
                 return _SocketIO_readinto(self, b)
             timeout = _timeout_of(sock)
             if timeout is not None:
-                until = _now() + min(<double>timeout, MAX_WAIT) if timeout else 0.0
+                until = now() + min(<double>timeout, MAX_WAIT) if timeout else 0.0
             while True:
                 fd = _descriptor_of(sock)  # asked for again after a signal handler, which may have closed it
                 with nogil:
@@ -123,7 +110,7 @@ cdef class _Reader:
                 if result == -EINTR:
                     PyErr_CheckSignals()
                 elif result != -EAGAIN:
-                    raise _error(-result)
+                    raise error_of(-result)
                 elif timeout:
                     self._timeout_occurred = True
                     raise TimeoutError("timed out")
@@ -191,7 +178,7 @@ cdef class _Writer:
                 sent = fs_send(fd, view.buf, view.len, flags)
             if sent < 0:
                 if sent != -EAGAIN and sent != -EINTR:
-                    raise _error(-sent)
+                    raise error_of(-sent)
                 sent = 0
             PyErr_CheckSignals()  # as sendall() does after every part
             if sent < view.len:

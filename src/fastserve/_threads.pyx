@@ -16,7 +16,8 @@ from os import register_at_fork as _register_at_fork
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdlib cimport calloc, free
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from fastserve._clock cimport MAX_WAIT, now
 
 cdef extern from "Python.h" nogil:
     ctypedef void *PyThread_type_lock
@@ -46,9 +47,6 @@ cdef enum:
 
 # From 3.14 on the operating system is told the name of a thread.
 cdef bint HAS_OS_NAME = hasattr(_threading.Thread, "_set_os_name")
-
-# The longest wait of a lock in one call, in seconds; microseconds are counted in 64 bits.
-cdef double MAX_WAIT = 2000000.0
 
 
 cdef struct Completion:
@@ -164,12 +162,6 @@ cdef void finish(Completion *completion) noexcept nogil:
         PyThread_release_lock(completion.joined)
     leave()
     let_go(completion)
-
-
-cdef double now() noexcept nogil:
-    cdef timespec moment
-    clock_gettime(CLOCK_MONOTONIC, &moment)
-    return moment.tv_sec + moment.tv_nsec * 1e-9
 
 
 cdef int wait_for(Completion *completion, double seconds) except -1:

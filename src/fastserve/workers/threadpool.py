@@ -89,7 +89,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
         :raises RuntimeError: if there is no thread and none can be started. As long as there is one, the request waits
             for it.
         """
-        pool = vars(self).get(POOL) or _pool_of(self)
+        pool = _pool_of(self)
         limits = _limits(self, pool)
         if pool.is_full(limits):
             _wait_for_place(self, pool, limits)

@@ -1,0 +1,8 @@
+# The errors of system calls.
+
+
+cdef inline object error_of(int code):
+    """Return the ``OSError`` of an errno, of the subclass that its constructor picks for the code."""
+    import os  # for the error alone: a file of declarations has no names of Python of its own
+
+    return OSError(code, os.strerror(code))
