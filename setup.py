@@ -5,6 +5,7 @@ extension is asked for and its compilation fails, the build fails.
 """
 
 import glob
+import importlib.util
 import os
 import sys
 
@@ -28,9 +29,20 @@ def extensions() -> list[Extension]:
     names = ["_core", "_streams", "_datagrams", "_threads"]
     if sys.platform == "linux":  # the only system that the load generator of the benchmarks knows
         names.append("_load")
+    includes = []
+    # The hub waits with epoll; elsewhere, and where there is no greenlet to build with, its Python twin serves.
+    if sys.platform == "linux" and importlib.util.find_spec("greenlet") is not None:
+        names += ["_hub", "_green"]
+        includes.append(os.path.dirname(importlib.import_module("greenlet").__file__ or ""))
     modules: list[Extension] = cythonize(
         [
-            Extension(f"fastserve.{name}", [f"src/fastserve/{name}.pyx"], depends=headers, extra_compile_args=options)
+            Extension(
+                f"fastserve.{name}",
+                [f"src/fastserve/{name}.pyx"],
+                depends=headers,
+                extra_compile_args=options,
+                include_dirs=includes,
+            )
             for name in names
         ]
     )

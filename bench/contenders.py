@@ -84,6 +84,7 @@ MODELS = [
     # A pool serves as many kept connections at a time as it has threads.
     Model("threadpool", "threadpool", frozenset({"oneshot", "udp"}), stdlib=False, options=("--max-workers", "8")),
     Model("fork", "forking", frozenset({"oneshot"}), quick=False),
+    Model("greenlet", "greenlet", STREAMS, stdlib=False),
 ]
 
 

@@ -23,6 +23,7 @@ from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.streams import _SocketWriter  # noqa: F401
+from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
 from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
     ThreadingMixIn,
@@ -34,6 +35,9 @@ from fastserve.workers.threads import (
 
 # What fastserve has beyond socketserver.
 __extensions__ = [
+    "GreenletMixIn",
+    "GreenletTCPServer",
+    "GreenletUDPServer",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -48,6 +52,9 @@ __all__ = [
     "BaseRequestHandler",
     "BaseServer",
     "DatagramRequestHandler",
+    "GreenletMixIn",
+    "GreenletTCPServer",
+    "GreenletUDPServer",
     "StreamRequestHandler",
     "TCPServer",
     "ThreadPoolMixIn",
@@ -71,11 +78,19 @@ if hasattr(os, "fork"):
 
 if hasattr(socket, "AF_UNIX"):
     from fastserve.server import UnixDatagramServer, UnixStreamServer
+    from fastserve.workers.greenlets import GreenletUnixDatagramServer, GreenletUnixStreamServer
     from fastserve.workers.threadpool import ThreadPoolUnixDatagramServer, ThreadPoolUnixStreamServer
     from fastserve.workers.threads import ThreadingUnixDatagramServer, ThreadingUnixStreamServer
 
-    __extensions__ += ["ThreadPoolUnixDatagramServer", "ThreadPoolUnixStreamServer"]
+    __extensions__ += [
+        "GreenletUnixDatagramServer",
+        "GreenletUnixStreamServer",
+        "ThreadPoolUnixDatagramServer",
+        "ThreadPoolUnixStreamServer",
+    ]
     __all__ += [
+        "GreenletUnixDatagramServer",
+        "GreenletUnixStreamServer",
         "ThreadPoolUnixDatagramServer",
         "ThreadPoolUnixStreamServer",
         "ThreadingUnixDatagramServer",

@@ -71,6 +71,16 @@ else:
 implementation: Final[Literal["c", "py"]] = "py" if core is _core_py else "c"
 
 
+def hub() -> ModuleType:
+    """Return the module of the greenlet hub."""
+    return importlib.import_module("fastserve._hub")
+
+
+def green() -> ModuleType:
+    """Return the module of the connections that wait in a hub."""
+    return importlib.import_module("fastserve._green")
+
+
 def monkey_patched() -> bool:
     """Return whether a library such as gevent or eventlet has replaced the blocking calls of this process.
 

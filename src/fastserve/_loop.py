@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Set
 from typing import Any, Final
 
-from fastserve import _backend, _core_py, pollers
+from fastserve import _backend, _core_py, _waiting, pollers
 
 # The process or the system has no descriptor or no memory left for a connection: accept(2), ERRORS.
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -93,7 +93,9 @@ class Loop:
         core = _core_py if patched else _backend.core
         in_main_thread = self.owner == threading.main_thread().ident
         self.ticks = self.ticks or patched
-        self._poller = pollers.new_poller()
+        hub = _waiting.running()
+        # A hub is the poller of the server that it runs for: who waits for the listener lets handlers go on.
+        self._poller = hub if hub is not None and hub.server is self._server else pollers.new_poller()
         try:
             self._wakeup = core.Wakeup(in_main_thread)
         except BaseException:

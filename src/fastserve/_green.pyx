@@ -1,0 +1,553 @@
+# cython: language_level=3, embedsignature=True
+"""The C twin of the connections that wait in a hub. Its contract and its types are those of ``_green_py``."""
+
+import io as _io
+import socket as _socket_module
+
+import _socket
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport PyObject
+from libc.errno cimport EAGAIN, EINTR
+from libc.string cimport memchr, memcpy, memset
+
+from fastserve import _green_py
+from fastserve._addresses cimport address_of
+from fastserve._errors cimport error_of
+from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, forget, running_hub, send_all
+from fastserve._syscalls cimport (
+    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, sockaddr, sockaddr_storage, socklen_t,
+)
+
+cdef extern from "_hub.h" nogil:
+    int fs_accept_nonblocking(int, sockaddr *, socklen_t *)
+    int fs_descriptor_of(PyObject *)
+
+cdef object _plain_socket = _socket_module.socket
+cdef object _PyConnection = _green_py.Connection
+cdef object _init_socket = _socket.socket.__init__
+cdef object _close = _socket.socket.close
+cdef object _descriptor_method = _socket.socket.fileno
+cdef object _family_of = _socket.socket.family.__get__
+cdef object _type_of = _socket.socket.type.__get__
+cdef object _proto_of = _socket.socket.proto.__get__
+cdef object _timeout_of = _socket.socket.gettimeout
+
+
+cdef bint _layout_is_known():
+    """Return whether the descriptor of a socket is where this module looks for it."""
+    with _plain_socket() as probe:
+        if fs_descriptor_of(<PyObject *>probe) != <int>probe.fileno():
+            return False
+    return fs_descriptor_of(<PyObject *>probe) == -1
+
+
+cdef bint _look_inside = _layout_is_known()
+
+
+cdef inline int descriptor_of(object connection) except -2:
+    return fs_descriptor_of(<PyObject *>connection) if _look_inside else <int>_descriptor_method(connection)
+
+
+cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room) except -1:
+    """Receive what there is, waiting for it."""
+    cdef double deadline = -1.0
+    cdef Py_ssize_t size
+    cdef Slot *slot
+    cdef int fd
+    while True:
+        fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
+        if fd < 0:
+            raise error_of(9)  # EBADF
+        slot = hub.slot_of(connection, fd)
+        if not slot.drained or deadline == 0.0:
+            size = fs_recv(fd, data, room, 0)
+            if size >= 0:
+                if size < room and size > 0 and not slot.peculiar:
+                    slot.drained = True
+                hub.budget -= 1
+                return size
+            if size == -EINTR:
+                PyErr_CheckSignals()
+                continue
+            if size != -EAGAIN:
+                raise error_of(-size)
+        if deadline < 0.0:
+            deadline = deadline_of(connection)
+            if deadline == 0.0 and slot.drained:
+                continue  # it must not wait, and may have received something that nobody has heard of yet
+        hub.wait_for(connection, fd, False, deadline)
+
+
+cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) except -1:
+    """Send all of it, or gather it while there are requests left to read."""
+    cdef Py_ssize_t sent
+    cdef Slot *slot
+    cdef int fd = descriptor_of(connection)
+    if fd < 0:
+        raise error_of(9)
+    slot = hub.slot_of(connection, fd)
+    if slot.unread > 0 or hub.corked:
+        if hub.corked and (hub.cork_owner is not connection or hub.corked + size > CORK):
+            hub.flush()
+        if size <= CORK and (hub.corked or hub.slots[fd].unread > 0):
+            if hub.corked == 0:
+                hub.cork_owner = connection
+            memcpy(hub.cork + hub.corked, data, size)
+            hub.corked += size
+            if hub.slots[fd].unread == 0:
+                hub.flush()
+            return 0
+    sent = fs_send(fd, data, size, 0)
+    if sent == size:
+        hub.budget -= 1
+        return 0
+    if sent < 0:
+        if sent != -EAGAIN and sent != -EINTR:
+            raise error_of(-sent)
+        PyErr_CheckSignals()
+        sent = 0
+    return send_all(hub, connection, data + sent, size - sent, deadline_of(connection))
+
+
+@cython.auto_pickle(False)
+cdef class _Green:
+    """The methods of :class:`Connection` that are called for every request."""
+
+    def recv(self, bufsize, flags=0, /):
+        cdef Hub hub = running_hub()
+        cdef Py_ssize_t size
+        if hub is None or flags or type(bufsize) is not int or bufsize <= 0:
+            return _PyConnection.recv(self, bufsize, flags)
+        if hub.corked:
+            hub.flush()
+        if hub.budget <= 0:
+            hub.spend()
+        size = receive(hub, self, hub.scratch, SCRATCH if bufsize > SCRATCH else <Py_ssize_t>bufsize)
+        return PyBytes_FromStringAndSize(hub.scratch, size)
+
+    def recv_into(self, buffer, nbytes=0, flags=0):
+        cdef Hub hub = running_hub()
+        cdef Py_buffer view
+        cdef Py_ssize_t size
+        if hub is None or flags or type(nbytes) is not int or nbytes < 0:
+            return _PyConnection.recv_into(self, buffer, nbytes, flags)
+        if hub.corked:
+            hub.flush()
+        if hub.budget <= 0:
+            hub.spend()
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            size = view.len
+            if nbytes:
+                if nbytes > size:
+                    raise ValueError("buffer too small for requested bytes")
+                size = nbytes
+            if size == 0:
+                return 0
+            return receive(hub, self, <char *>view.buf, size)
+        finally:
+            PyBuffer_Release(&view)
+
+    def sendall(self, data, flags=0, /):
+        cdef Hub hub = running_hub()
+        cdef Py_buffer view
+        if hub is None or flags:
+            return _PyConnection.sendall(self, data, flags)
+        if hub.budget <= 0:
+            hub.spend()
+        if type(data) is bytes:
+            send(hub, self, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            return None
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            send(hub, self, <const char *>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
+        if mode == "rb" and (buffering is None or (type(buffering) is int and buffering != 0)):
+            return Reader(self)
+        return _PyConnection.makefile(self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
+
+    def close(self):
+        cdef Hub hub = running_hub()
+        cdef int fd
+        if self._io_refs > 0:
+            self._closed = True
+            return
+        self._closed = True
+        fd = descriptor_of(self)
+        if fd < 0:
+            return
+        try:
+            if hub is not None and hub.corked and hub.cork_owner is self:
+                hub.flush()
+        finally:
+            forget(fd)
+            _close(self)
+
+
+class Connection(_Green, _PyConnection):
+    __module__ = "fastserve.streams"
+    __doc__ = _green_py.Connection.__doc__
+    __slots__ = ()
+    __new__ = _plain_socket.__new__
+
+
+def accept(listener):
+    """Accept a connection that waits in the hub: ``(connection, address)``."""
+    cdef sockaddr_storage storage
+    cdef socklen_t length = sizeof(storage)
+    cdef int family = _family_of(listener)
+    cdef int fd
+    if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
+        return _green_py.accept(listener)
+    memset(&storage, 0, sizeof(storage))
+    fd = fs_accept_nonblocking(descriptor_of(listener), <sockaddr *>&storage, &length)
+    if fd < 0:
+        raise error_of(-fd)
+    address = address_of(&storage, length, family)
+    return _adopt(family, _type_of(listener), _proto_of(listener), fd), address
+
+
+cdef object _adopt(object family, object type, object proto, int fd):
+    """Return the connection of a descriptor that does not block."""
+    cdef Hub hub = running_hub()
+    connection = Connection.__new__(Connection)
+    _init_socket(connection, family, type, proto, fd)
+    connection._io_refs = 0
+    connection._closed = False
+    forget(fd)
+    if hub is not None and family == AF_UNIX:
+        # A read of one ends where a message carries descriptors.
+        hub.slot_of(connection, fd).peculiar = True
+    return connection
+
+
+cdef object _unsupported = _io.UnsupportedOperation
+
+
+cdef class Reader:
+    """The ``rfile`` of a connection in a hub: as ``io.BufferedReader``, and it keeps only what was not read yet."""
+
+    cdef object sock  # the connection; None when it is closed
+    cdef bytes rest  # received and not read yet, from ``position`` on
+    cdef Py_ssize_t position
+    cdef bint timed_out
+    cdef object made_raw
+    cdef object __weakref__
+
+    def __init__(self, connection):
+        self.sock = connection
+        self.rest = b""
+        connection._io_refs += 1
+
+    def __del__(self):
+        if self.sock is not None:
+            self.close()
+
+    cdef object opened(self):
+        if self.sock is None:
+            raise ValueError("I/O operation on closed file.")
+        return self.sock
+
+    cdef int keep(self, bytes rest, Py_ssize_t position) except -1:
+        """Remember what is left, and tell the hub how much: replies are gathered meanwhile."""
+        cdef Hub hub
+        cdef int fd
+        cdef Py_ssize_t unread = PyBytes_GET_SIZE(rest) - position
+        if unread == 0:
+            rest = b""
+            position = 0
+        self.rest = rest
+        self.position = position
+        hub = running_hub()
+        if hub is not None and type(self.sock) is Connection:
+            fd = descriptor_of(self.sock)
+            if 0 <= fd < hub.slot_count and hub.slots[fd].owner == <void *>self.sock:
+                hub.slots[fd].unread = unread
+        return 0
+
+    cdef object take(self, Py_ssize_t size):
+        """Return that many bytes of what is left."""
+        cdef bytes found
+        if self.position == 0 and size == PyBytes_GET_SIZE(self.rest):
+            found = self.rest
+            self.keep(b"", 0)
+            return found
+        found = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.rest) + self.position, size)
+        self.keep(self.rest, self.position + size)
+        return found
+
+    cdef Py_ssize_t left(self):
+        return PyBytes_GET_SIZE(self.rest) - self.position
+
+    cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room) except -2:
+        """Receive into the scratch of the hub; -1 if nothing is there and the connection does not wait."""
+        if self.timed_out:
+            raise OSError("cannot read from timed out object")
+        if hub.corked:
+            hub.flush()
+        if hub.budget <= 0:
+            hub.spend()
+        try:
+            return receive(hub, self.sock, hub.scratch, room)
+        except BlockingIOError:
+            return -1
+        except TimeoutError:
+            self.timed_out = True
+            raise
+
+    cdef object receive_bytes(self, Py_ssize_t room):
+        """Receive and return bytes; ``None`` if nothing is there and the connection does not wait."""
+        cdef Hub hub = running_hub()
+        cdef Py_ssize_t size
+        if hub is not None and type(self.sock) is Connection:
+            size = self.receive_some(hub, min(room, SCRATCH))
+            return None if size < 0 else PyBytes_FromStringAndSize(hub.scratch, size)
+        if self.timed_out:
+            raise OSError("cannot read from timed out object")
+        try:
+            return self.sock.recv(room)
+        except BlockingIOError:
+            return None
+        except TimeoutError:
+            self.timed_out = True
+            raise
+
+    def readline(self, size=-1, /):
+        cdef Hub hub
+        cdef Py_ssize_t limit, length, start
+        cdef const char *found
+        cdef const char *begin
+        cdef bytes line
+        limit = -1 if size is None else size
+        self.opened()
+        length = self.left()
+        if length:
+            begin = PyBytes_AS_STRING(self.rest) + self.position
+            found = <const char *>memchr(begin, 10, length)
+            if found != NULL:
+                length = found - begin + 1
+                return self.take(length if limit < 0 or length <= limit else limit)
+            if 0 <= limit <= length:
+                return self.take(limit)
+            return self.long_line(limit)
+        hub = running_hub()
+        if limit == 0:
+            return b""
+        if hub is None or type(self.sock) is not Connection:
+            return self.long_line(limit)
+        length = self.receive_some(hub, DEFAULT if limit < 0 else SCRATCH)
+        if length <= 0:
+            return b""
+        found = <const char *>memchr(hub.scratch, 10, length)
+        if found == NULL or (0 <= limit < found - hub.scratch + 1):
+            self.keep(PyBytes_FromStringAndSize(hub.scratch, length), 0)
+            if 0 <= limit <= length:
+                return self.take(limit)
+            return self.long_line(limit)
+        start = found - hub.scratch + 1
+        line = PyBytes_FromStringAndSize(hub.scratch, start)
+        if start < length:
+            self.keep(PyBytes_FromStringAndSize(hub.scratch + start, length - start), 0)
+        elif hub.slots[descriptor_of(self.sock)].unread:
+            self.keep(b"", 0)
+        return line
+
+    def long_line(self, Py_ssize_t limit):
+        """Return a line of which what is left is only a part."""
+        cdef list parts = []
+        cdef Py_ssize_t size = 0
+        cdef Py_ssize_t length
+        while True:
+            if self.left():
+                length = self.left()
+                end = self.rest.find(b"\n", self.position)
+                if end >= 0:
+                    length = end + 1 - self.position
+                if limit >= 0 and size + length >= limit:
+                    parts.append(self.take(limit - size))
+                    break
+                size += length
+                parts.append(self.take(length))
+                if end >= 0:
+                    break
+            more = self.receive_bytes(DEFAULT)
+            if not more:
+                break
+            self.keep(more, 0)
+        return b"".join(parts)
+
+    def read(self, size=-1, /):
+        cdef list parts
+        cdef Py_ssize_t wanted = -1 if size is None else size
+        self.opened()
+        if wanted < -1:
+            raise ValueError("read length must be non-negative or -1")
+        if 0 <= wanted <= self.left():
+            return self.take(wanted)
+        parts = [self.take(self.left())] if self.left() else []
+        wanted = wanted - len(parts[0]) if parts and wanted >= 0 else wanted
+        while wanted:
+            more = self.receive_bytes(SCRATCH if wanted < 0 else max(wanted, DEFAULT))
+            if more is None and not parts:
+                return None
+            if not more:
+                break
+            if 0 <= wanted < len(more):
+                self.keep(more, 0)
+                more = self.take(wanted)
+            parts.append(more)
+            if wanted > 0:
+                wanted -= len(more)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read1(self, size=-1, /):
+        cdef Py_ssize_t wanted = size
+        self.opened()
+        if wanted < 0:
+            wanted = DEFAULT
+        if wanted == 0:
+            return b""
+        if self.left():
+            return self.take(min(wanted, self.left()))
+        return self.receive_bytes(wanted) or b""
+
+    def peek(self, size=0, /):
+        self.opened()
+        if not self.left():
+            self.keep(self.receive_bytes(DEFAULT) or b"", 0)
+        return self.rest[self.position:]
+
+    def readinto(self, buffer, /):
+        return self.fill(buffer, False)
+
+    def readinto1(self, buffer, /):
+        return self.fill(buffer, True)
+
+    def fill(self, buffer, bint once):
+        cdef Py_ssize_t filled = 0
+        self.opened()
+        with memoryview(buffer) as given, given.cast("B") as view:
+            while filled < len(view):
+                if not self.left():
+                    if once and filled:
+                        break
+                    more = self.receive_bytes(max(DEFAULT, len(view) - filled))
+                    if more is None and not filled:
+                        return None
+                    if not more:
+                        break
+                    self.keep(more, 0)
+                part = self.take(min(self.left(), len(view) - filled))
+                view[filled:filled + len(part)] = part
+                filled += len(part)
+                if once:
+                    break
+        return filled
+
+    def readlines(self, hint=-1, /):
+        found = []
+        size = 0
+        for line in self:
+            found.append(line)
+            size += len(line)
+            if hint is not None and 0 < hint <= size:
+                break
+        return found
+
+    def __iter__(self):
+        self.opened()
+        return self
+
+    def __next__(self):
+        line = self.readline()
+        if not line:
+            raise StopIteration
+        return line
+
+    def __enter__(self):
+        self.opened()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        if self.sock is not None:
+            sock = self.sock
+            self.keep(b"", 0)
+            self.sock = None
+            sock._decref_socketios()
+
+    @property
+    def closed(self):
+        return self.sock is None
+
+    @property
+    def raw(self):
+        if self.made_raw is None:
+            self.made_raw = _socket_module.SocketIO(self.opened(), "rb")
+            self.sock._io_refs += 1
+        return self.made_raw
+
+    def detach(self):
+        raw = self.raw
+        self.close()
+        return raw
+
+    @property
+    def name(self):
+        return self.opened().fileno()
+
+    @property
+    def mode(self):
+        return "rb"
+
+    def fileno(self):
+        return self.opened().fileno()
+
+    def isatty(self):
+        self.opened()
+        return False
+
+    def readable(self):
+        self.opened()
+        return True
+
+    def writable(self):
+        self.opened()
+        return False
+
+    def seekable(self):
+        self.opened()
+        return False
+
+    def flush(self):
+        self.opened()
+
+    def seek(self, offset, whence=0, /):
+        raise _unsupported("File or stream is not seekable.")
+
+    def tell(self):
+        raise _unsupported("File or stream is not seekable.")
+
+    def truncate(self, size=None, /):
+        raise _unsupported("truncate")
+
+    def write(self, data, /):
+        raise _unsupported("write")
+
+    def writelines(self, lines, /):
+        raise _unsupported("write")
+
+
+cdef enum:
+    DEFAULT = 65536  # bytes received at a time where nobody says how many
+
+
+_io.BufferedIOBase.register(Reader)

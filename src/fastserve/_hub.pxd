@@ -1,0 +1,117 @@
+# The greenlet hub, as the connections that wait in it see it.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from fastserve._syscalls cimport epoll_event
+
+cdef extern from "_hub.h" nogil:
+    enum:
+        EPOLLIN
+        EPOLLOUT
+        EPOLLPRI
+        EPOLLERR
+        EPOLLHUP
+        EPOLLRDHUP
+        EPOLL_CTL_ADD
+        EPOLL_CTL_MOD
+        EPOLL_CTL_DEL
+        FS_EVERYTHING
+    int fs_watch(int, int, int, uint32_t, uint64_t)
+    uint64_t fs_tag(const epoll_event *)
+
+cdef enum:
+    MAX_EVENTS = 256  # events taken from the kernel at a time
+    SCRATCH = 262144  # bytes received at a time
+    CORK = 65536  # bytes of replies gathered while requests are left to read
+    BUDGET = 64  # calls of the kernel that succeed until it is the turn of others
+
+
+# What the hub knows of a descriptor. It belongs to a connection until that is closed; the generation tells an event of
+# an earlier owner.
+cdef struct Slot:
+    void *owner  # the connection, borrowed; NULL: nobody's
+    void *reader  # the Task that waits to read, a reference; NULL: none
+    void *writer  # the Task that waits to write, a reference
+    void *others  # a list of further Tasks that wait for anything, a reference; NULL: none
+    Py_ssize_t unread  # bytes that were received and are still in the rfile
+    uint32_t generation
+    bint registered  # with epoll, for good
+    bint drained  # the last read got less than it asked for: without an event there is nothing to read
+    bint peculiar  # a short read does not mean that: it is a Unix socket, or has been hung up, or has urgent data
+
+
+cdef class Hub
+
+cdef class Task:
+    cdef object greenlet
+    cdef Hub hub
+    cdef object function, arguments
+    cdef double deadline  # of the wait, INFINITY without one
+    cdef Py_ssize_t place  # in the heap of timers, -1 outside
+    cdef double heap_deadline
+    cdef bint woken, queued, timed_out, ending
+    cdef readonly bint killed
+
+
+cdef class Hub:
+    cdef int epoll
+    cdef Slot *slots
+    cdef int slot_count
+    cdef epoll_event events[MAX_EVENTS]
+    cdef int event_count, next_event
+    cdef readonly Task root
+    cdef Task current, urgent
+    cdef void **ready  # a ring of Tasks, references
+    cdef size_t ready_room, ready_head, ready_count, ready_in_turn
+    cdef void **timers  # a heap of Tasks, references
+    cdef Py_ssize_t timer_count, timer_room
+    cdef list pool, tasks, root_ready
+    cdef set root_fds, muted
+    cdef bint root_waits, root_drains
+    cdef object failure
+    cdef object posted, wakeup
+    cdef int wakeup_fd
+    cdef bint notified
+    cdef readonly bint idle
+    cdef bint watcher_sleeps
+    cdef object watcher
+    cdef readonly Py_ssize_t active
+    cdef readonly unsigned long long switches
+    cdef readonly bint stale
+    cdef int budget
+    cdef readonly unsigned long owner
+    cdef char *scratch
+    cdef char *cork
+    cdef Py_ssize_t corked
+    cdef object cork_owner
+    cdef public object server  # whose requests the tasks handle
+
+    cdef Slot *slot_of(self, object connection, int fd) except NULL
+    cdef void clear_slot(self, int fd)
+    cdef int grow(self, int fd) except -1
+    cdef Task this_task(self)
+    cdef int wait_for(self, object connection, int fd, bint writing, double deadline) except -1
+    cdef int park_until(self, Task me, double deadline) except -1
+    cdef int park_task(self, Task me) except -1
+    cdef int switch(self, Task me, Task target) except -1
+    cdef Task next_task(self)
+    cdef Task dispatch(self, epoll_event *event)
+    cdef int collect(self) except? -2
+    cdef int wake_task(self, Task task) except -1
+    cdef Task pop_ready(self)
+    cdef int set_timer(self, Task task) except -1
+    cdef void sift_up(self, Py_ssize_t i)
+    cdef void sift_down(self, Py_ssize_t i)
+    cdef void drop_top(self)
+    cdef int fire_timers(self) except -1
+    cdef int take_posted(self) except -1
+    cdef int spend(self) except -1
+    cdef int flush(self) except -1
+    cdef int end_flush(self) except -1
+    cdef int finished(self, Task task) except -1
+
+
+cdef Hub running_hub()
+cdef double deadline_of(object connection) except -1.0
+cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size, double deadline) except -1
+cdef int forget(int fd) except -1

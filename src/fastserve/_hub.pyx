@@ -1,0 +1,857 @@
+# cython: language_level=3, embedsignature=True
+"""The C twin of the greenlet hub. Its contract and its types are those of ``_hub_py``.
+
+There is no central loop that everything goes through. Whoever has to wait looks itself for what is to go on: it takes
+the next event, or asks the kernel for more, and switches straight to the greenlet that the event is for.
+"""
+
+import os as _os
+import threading as _threading
+from collections import deque as _deque
+
+import _socket
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, PyObject
+from libc.errno cimport EAGAIN, EEXIST, EINTR, ENOENT
+from libc.math cimport INFINITY, ceil
+from libc.string cimport memcpy, memset
+
+from fastserve import _core, _waiting
+from fastserve._clock cimport MAX_WAIT, now
+from fastserve._errors cimport error_of
+from fastserve._syscalls cimport close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send
+
+from greenlet import GreenletExit
+
+cdef extern from "greenlet.h":
+    ctypedef struct PyGreenlet:
+        pass
+    void PyGreenlet_Import()
+    PyGreenlet *PyGreenlet_New(PyObject *, PyGreenlet *) except NULL
+    PyGreenlet *PyGreenlet_GetCurrent() except NULL
+    PyObject *PyGreenlet_Switch(PyGreenlet *, PyObject *, PyObject *) except NULL
+
+cdef extern from "_hub.h" nogil:
+    void *fs_hub_get()
+    void fs_hub_set(void *)
+
+cdef extern from "Python.h":
+    object PyContext_New()
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
+
+PyGreenlet_Import()
+
+cdef enum:
+    POOLED = 512  # greenlets kept for later requests; each holds some 6 KiB
+
+cdef object _descriptor_of = _socket.socket.fileno
+cdef object _timeout_of = _socket.socket.gettimeout
+# What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child, and
+# with them the connections of the parent.
+cdef list _inherited = []
+cdef list _hubs = _waiting.hubs
+
+
+cdef Hub running_hub():
+    cdef void *found = fs_hub_get()
+    return None if found == NULL else <Hub>found
+
+
+cdef double deadline_of(object connection) except -1.0:
+    """Return until when an operation may wait: INFINITY, or 0.0 if it must not wait."""
+    cdef object timeout = _timeout_of(connection)
+    if timeout is None:
+        return INFINITY
+    return now() + min(<double>timeout, MAX_WAIT) if timeout else 0.0
+
+
+cdef class Task:
+    """What a greenlet of the hub does, and what it waits for."""
+
+    def __cinit__(self, Hub hub):
+        self.hub = hub
+        self.deadline = self.heap_deadline = INFINITY
+        self.place = -1
+
+    def __call__(self):
+        """Run requests, one after the other: the greenlet's life."""
+        cdef Hub hub = self.hub
+        cdef object context
+        while self.function is not None:
+            context = PyContext_New()
+            PyContext_Enter(context)
+            try:
+                if not self.killed:
+                    self.function(*self.arguments)
+                if hub.corked:
+                    hub.end_flush()
+            except GreenletExit:
+                pass
+            except BaseException as error:
+                hub.failure = error
+            finally:
+                PyContext_Exit(context)
+                context = None
+            if hub.stale:
+                # A child that a handler has forked, and whose handler has returned: with threads it would end here.
+                _os._exit(0)
+            self.function = self.arguments = None
+            self.killed = False
+            hub.finished(self)
+            if len(hub.pool) >= POOLED or self.ending:
+                break
+            hub.pool.append(self)
+            hub.park_task(self)
+        hub.tasks.remove(self)
+        # The greenlet goes on in its parent, the root, which looks again what there is to do.
+
+
+cdef class Hub:
+    """The greenlets of one thread, and all that they wait for."""
+
+    def __cinit__(self):
+        self.epoll = -1
+        self.scratch = <char *>PyMem_Malloc(SCRATCH)
+        self.cork = <char *>PyMem_Malloc(CORK)
+        if self.scratch == NULL or self.cork == NULL:
+            raise MemoryError()
+
+    def __init__(self):
+        cdef int result = fs_epoll_create()
+        if result < 0:
+            raise error_of(-result)
+        self.epoll = result
+        self.owner = _threading.get_ident()
+        self.pool = []
+        self.tasks = []
+        self.root_ready = []
+        self.root_fds = set()
+        self.muted = set()
+        self.posted = _deque()
+        self.budget = BUDGET
+        self.wakeup = _core.Wakeup()
+        self.wakeup_fd = self.wakeup.fileno()
+        self.root = self.current = Task(self)
+        self.root.greenlet = <object>PyGreenlet_GetCurrent()
+        Py_DECREF(self.root.greenlet)
+        self.register(self.wakeup_fd)
+        _waiting.hubs.append(self)
+
+    def __dealloc__(self):
+        cdef int i
+        if self.epoll >= 0:
+            close_descriptor(self.epoll)
+        for i in range(self.slot_count):
+            Py_XDECREF(<PyObject *>self.slots[i].reader)
+            Py_XDECREF(<PyObject *>self.slots[i].writer)
+            Py_XDECREF(<PyObject *>self.slots[i].others)
+        while self.ready_count:
+            Py_DECREF(self.pop_ready())
+        while self.timer_count:
+            self.drop_top()
+        PyMem_Free(self.slots)
+        PyMem_Free(self.ready)
+        PyMem_Free(self.timers)
+        PyMem_Free(self.scratch)
+        PyMem_Free(self.cork)
+
+    # The life of a hub: its thread enters it, and connections wait in it until it is left.
+
+    def enter(self):
+        if fs_hub_get() != NULL:
+            raise RuntimeError("a hub runs in this thread already")
+        fs_hub_set(<void *>self)
+        _waiting.local.hub = self
+
+    def leave(self):
+        if fs_hub_get() == <void *>self:
+            fs_hub_set(NULL)
+            _waiting.local.hub = None
+
+    def close(self):
+        """Watch no more for the root, whose poller this is."""
+        for fd in list(self.root_fds):
+            if fd != self.wakeup_fd:
+                self.unregister(fd)
+        self.root_ready.clear()
+
+    def end(self):
+        """End the greenlets of the pool, and release the descriptors. Called by the root, when no task runs."""
+        cdef Task task
+        while self.pool:
+            task = self.pool.pop()
+            task.ending = True
+            task.woken = True
+            self.switch(self.root, task)
+        if self.epoll >= 0:
+            close_descriptor(self.epoll)
+            self.epoll = -1
+            _waiting.hubs.remove(self)
+        self.wakeup.close()
+
+    def forget_parent(self):
+        """Called in a forked child: nothing of this hub, which the child shares with its parent, is used again."""
+        self.stale = True
+        self.corked = 0
+        self.cork_owner = None
+        self.leave()
+        _inherited.append(self)
+        _inherited.extend(self.tasks)
+
+    # The interface of a poller, for the root.
+
+    def register(self, int fd):
+        cdef int result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, EPOLLIN, <uint64_t>fd)
+        if result < 0:
+            raise error_of(-result)
+        self.root_fds.add(fd)
+
+    def unregister(self, int fd):
+        if fd in self.root_fds:
+            self.root_fds.remove(fd)
+            self.muted.discard(fd)
+            fs_watch(self.epoll, EPOLL_CTL_DEL, fd, 0, 0)  # it may have been closed: the kernel has forgotten it then
+
+    def wait(self, timeout=None):
+        cdef list found
+        if self.muted:
+            for fd in self.muted:
+                fs_watch(self.epoll, EPOLL_CTL_MOD, fd, EPOLLIN, <uint64_t><int>fd)
+            self.muted.clear()
+        if not self.root_ready:
+            self.root_waits = True
+            try:
+                self.park_until(self.root, INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+            finally:
+                self.root_waits = False
+        found, self.root_ready = self.root_ready, []
+        return found
+
+    # Tasks.
+
+    def start(self, function, *arguments):
+        """Begin a task at once, in the calling greenlet's place; go on when it waits for the first time, or has ended."""
+        cdef Task task = self.new_task(function, arguments)
+        cdef Task me = self.this_task()
+        if self.corked:
+            self.flush()
+        if self.urgent is not None:  # only one can be next
+            self.wake_task(task)
+            return
+        me.woken = False
+        self.urgent = me
+        task.woken = True
+        self.switch(me, task)
+        while not me.woken:
+            task = self.next_task()
+            if task is not me:
+                self.switch(me, task)
+        self.budget = BUDGET
+        if self.failure is not None and me is self.root:
+            self.raise_failure()
+
+    def spawn(self, function, *arguments):
+        """Begin a task when it is its turn. The calling greenlet goes on."""
+        self.wake_task(self.new_task(function, arguments))
+
+    def new_task(self, function, arguments):
+        cdef Task task
+        if self.pool:
+            task = self.pool.pop()
+        else:
+            task = Task(self)
+            task.greenlet = <object>PyGreenlet_New(<PyObject *>task, <PyGreenlet *>self.root.greenlet)
+            Py_DECREF(task.greenlet)
+            self.tasks.append(task)
+        task.function = function
+        task.arguments = arguments
+        self.active += 1
+        return task
+
+    def this(self):
+        """Return the task of the calling greenlet."""
+        return self.this_task()
+
+    def park(self, timeout=None):
+        """Wait for ``wake`` or ``post``; return whether it came, and not the timeout."""
+        cdef Task me = self.this_task()
+        self.park_until(me, INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT))
+        return not me.timed_out
+
+    def wake(self, Task task):
+        self.wake_task(task)
+
+    def post(self, task):
+        """Wake a task, from any thread."""
+        self.posted.append(task)
+        if not self.notified:
+            self.notified = True
+            self.wakeup.set()
+
+    def drain(self, timeout=None):
+        """Let the tasks go on until all have ended; return whether they have. The root calls it."""
+        cdef double deadline = INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+        self.root_drains = True
+        try:
+            while self.active:
+                self.park_until(self.root, deadline)
+                if self.root.timed_out:
+                    break
+        finally:
+            self.root_drains = False
+        return self.active == 0
+
+    def kill(self):
+        """Have every wait of every task raise ``GreenletExit``, from now on."""
+        cdef Task task
+        for task in self.tasks:
+            if task.function is not None and task is not self.current:
+                task.killed = True
+                self.wake_task(task)
+
+    def clients(self):
+        """Return the arguments of the tasks that run, for whoever looks from another thread."""
+        cdef Task task = self.current
+        return None if task is None else task.arguments
+
+    def forget(self, int fd):
+        """A new connection has this descriptor."""
+        if 0 <= fd < self.slot_count and self.slots[fd].owner != NULL:
+            self.clear_slot(fd)
+
+    def watch(self, watcher):
+        """Call ``watcher.set()`` when the hub has something to do again."""
+        self.watcher = watcher
+        self.watcher_sleeps = True
+
+    cdef Task this_task(self):
+        cdef PyObject *mine = <PyObject *>PyGreenlet_GetCurrent()
+        cdef Task task = self.current
+        cdef object greenlet = <object>mine
+        Py_DECREF(greenlet)
+        if task.greenlet is greenlet:
+            return task
+        # A greenlet that a handler has made itself, or one that it has left for another and come back to.
+        if self.root.greenlet is greenlet:
+            task = self.root
+        else:
+            for task in self.tasks:
+                if task.greenlet is greenlet:
+                    break
+            else:
+                task = Task(self)
+                task.greenlet = greenlet
+        self.current = task
+        return task
+
+    cdef int finished(self, Task task) except -1:
+        self.active -= 1
+        if self.failure is not None or (self.root_drains and self.active == 0):
+            self.wake_task(self.root)
+        return 0
+
+    def raise_failure(self):
+        error, self.failure = self.failure, None
+        raise error
+
+    # Descriptors.
+
+    cdef int grow(self, int fd) except -1:
+        cdef int room = max(self.slot_count * 2, fd + 1, 64)
+        cdef Slot *grown = <Slot *>PyMem_Realloc(self.slots, room * sizeof(Slot))
+        if grown == NULL:
+            raise MemoryError()
+        memset(grown + self.slot_count, 0, (room - self.slot_count) * sizeof(Slot))
+        self.slots = grown
+        self.slot_count = room
+        return 0
+
+    cdef Slot *slot_of(self, object connection, int fd) except NULL:
+        """Return the slot of a connection, which becomes its own if it is not yet."""
+        if fd >= self.slot_count:
+            self.grow(fd)
+        if self.slots[fd].owner != <void *>connection:
+            self.clear_slot(fd)
+            self.slots[fd].owner = <void *>connection
+        return &self.slots[fd]
+
+    cdef void clear_slot(self, int fd):
+        """Make a slot nobody's. Who waits for it looks again, and finds its connection closed."""
+        cdef Slot *slot = &self.slots[fd]
+        slot.owner = NULL
+        slot.generation += 1
+        slot.registered = slot.drained = slot.peculiar = False
+        slot.unread = 0
+        if slot.reader != NULL or slot.writer != NULL or slot.others != NULL:
+            for task in self.take_waiting(fd):
+                if _threading.get_ident() == self.owner:
+                    self.wake_task(task)
+                else:
+                    self.post(task)
+
+    def take_waiting(self, int fd):
+        """Return the tasks that wait for a descriptor, which then do so no longer."""
+        cdef Slot *slot = &self.slots[fd]
+        cdef list found = []
+        if slot.others != NULL:
+            found = <list>slot.others
+            Py_DECREF(found)
+            slot.others = NULL
+        if slot.writer != NULL:
+            found.insert(0, <object>slot.writer)
+            Py_DECREF(<object>slot.writer)
+            slot.writer = NULL
+        if slot.reader != NULL:
+            found.insert(0, <object>slot.reader)
+            Py_DECREF(<object>slot.reader)
+            slot.reader = NULL
+        return found
+
+    cdef int wait_for(self, object connection, int fd, bint writing, double deadline) except -1:
+        """Wait until the connection may be read, or written to. The caller has tried, or knows that it would wait.
+
+        Raises ``BlockingIOError`` if it must not wait, ``TimeoutError`` at the deadline.
+        """
+        cdef Task me
+        cdef Slot *slot
+        cdef int result
+        cdef uint32_t generation
+        if deadline == 0.0:
+            raise error_of(EAGAIN)
+        if self.corked:
+            self.flush()
+        slot = self.slot_of(connection, fd)
+        if not slot.registered:
+            if slot.generation == 0:
+                slot.generation = 1  # 0 is the root's
+            generation = slot.generation
+            result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, FS_EVERYTHING, (<uint64_t>generation << 32) | <uint32_t>fd)
+            if result == -EEXIST:  # the descriptor came here by another object, or is one of several of the same file
+                result = fs_watch(
+                    self.epoll, EPOLL_CTL_MOD, fd, FS_EVERYTHING, (<uint64_t>generation << 32) | <uint32_t>fd
+                )
+            if result < 0:
+                raise error_of(-result)
+            slot.registered = True
+        me = self.this_task()
+        if not writing and slot.reader == NULL:
+            Py_INCREF(me)
+            slot.reader = <void *>me
+        elif writing and slot.writer == NULL:
+            Py_INCREF(me)
+            slot.writer = <void *>me
+        else:
+            if slot.others == NULL:
+                others = []
+                Py_INCREF(others)
+                slot.others = <void *>others
+            (<list>slot.others).append(me)
+        generation = slot.generation
+        try:
+            self.park_until(me, deadline)
+        except BaseException:
+            self.stop_waiting(me, fd, generation)
+            raise
+        if me.timed_out or self.slots[fd].reader == <void *>me or self.slots[fd].writer == <void *>me:
+            self.stop_waiting(me, fd, generation)
+            if me.timed_out:
+                raise TimeoutError("timed out")
+        return 0
+
+    def wait_io(self, connection, int fd, bint writing, deadline):
+        self.wait_for(connection, fd, writing, INFINITY if deadline is None else <double>deadline)
+
+    def send_gathered(self):
+        if self.corked:
+            self.flush()
+
+    def stop_waiting(self, Task me, int fd, uint32_t generation):
+        cdef Slot *slot
+        if self.slots[fd].generation != generation:
+            return
+        slot = &self.slots[fd]
+        if slot.reader == <void *>me:
+            slot.reader = NULL
+            Py_DECREF(me)
+        elif slot.writer == <void *>me:
+            slot.writer = NULL
+            Py_DECREF(me)
+        elif slot.others != NULL and me in <list>slot.others:
+            (<list>slot.others).remove(me)
+
+    # Waiting.
+
+    cdef int park_until(self, Task me, double deadline) except -1:
+        me.timed_out = False
+        if deadline != INFINITY:
+            me.deadline = deadline
+            if deadline < me.heap_deadline:
+                self.set_timer(me)
+        try:
+            self.park_task(me)
+        finally:
+            me.deadline = INFINITY  # its place in the heap remains: mostly the next wait has a later deadline
+        return 0
+
+    cdef int park_task(self, Task me) except -1:
+        """Let others go on until somebody wakes the calling greenlet."""
+        if self.stale:
+            raise RuntimeError("this process has forked and cannot go on with the greenlets of its parent")
+        if self.corked:
+            self.flush()
+        me.woken = False
+        while not me.woken:
+            target = self.next_task()
+            if target is me:
+                break
+            self.switch(me, target)
+        self.budget = BUDGET
+        if me.killed:
+            raise GreenletExit
+        if self.failure is not None and me is self.root:
+            self.raise_failure()
+        return 0
+
+    cdef int switch(self, Task me, Task target) except -1:
+        cdef PyObject *result
+        self.current = target
+        self.switches += 1
+        try:
+            result = PyGreenlet_Switch(<PyGreenlet *>target.greenlet, NULL, NULL)
+            Py_DECREF(<object>result)
+        finally:
+            self.current = me
+        return 0
+
+    cdef int spend(self) except -1:
+        """Count a call of the kernel; after some of them it is the turn of others."""
+        cdef Task me
+        self.budget -= 1
+        if self.budget <= 0:
+            me = self.this_task()
+            if me is not self.root:
+                self.wake_task(me)
+                self.park_task(me)
+            self.budget = BUDGET
+        return 0
+
+    cdef Task next_task(self):
+        """Return the task that is to go on, which is noted in it."""
+        cdef Task task
+        while True:
+            if self.urgent is not None:
+                task = self.urgent
+                self.urgent = None
+                task.woken = True
+                return task
+            if self.ready_in_turn:
+                self.ready_in_turn -= 1
+                task = self.pop_ready()
+                if not task.woken:
+                    task.woken = True
+                    return task
+                continue
+            while self.next_event < self.event_count:
+                self.next_event += 1
+                task = self.dispatch(&self.events[self.next_event - 1])
+                if task is not None:
+                    return task
+            # Those that are ready without an event have their turn once between two looks at the kernel's.
+            if self.collect() < 0:
+                return self.root
+            self.ready_in_turn = self.ready_count
+
+    cdef Task dispatch(self, epoll_event *event):
+        """Take note of an event; return the task that it wakes, ``None`` if there is none."""
+        cdef uint64_t tag = fs_tag(event)
+        cdef uint32_t generation = <uint32_t>(tag >> 32)
+        cdef uint32_t bits = event.events
+        cdef int fd = <int>(tag & 0xffffffff)
+        cdef Slot *slot
+        cdef Task task = None
+        cdef void *reader
+        cdef void *writer
+        if generation == 0:
+            if fd == self.wakeup_fd:
+                self.take_posted()
+                return None
+            if fd not in self.root_fds:
+                return None
+            if not self.root_waits:
+                # The root is busy with something else: without this the kernel would tell it again and again.
+                fs_watch(self.epoll, EPOLL_CTL_MOD, fd, 0, <uint64_t>fd)
+                self.muted.add(fd)
+                return None
+            if fd not in self.root_ready:
+                self.root_ready.append(fd)
+            if self.root.queued:
+                return None
+            self.root.woken = True
+            return self.root
+        slot = &self.slots[fd]
+        if slot.generation != generation:
+            return None  # of a connection that is no more
+        if bits & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI):
+            slot.drained = False
+            if bits & (EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI):
+                slot.peculiar = True
+            reader = slot.reader
+        else:
+            reader = NULL
+        writer = slot.writer if bits & (EPOLLOUT | EPOLLHUP | EPOLLERR) else NULL
+        if slot.others != NULL:
+            for task in self.take_waiting(fd):
+                self.wake_task(task)
+            return None
+        if reader != NULL:
+            slot.reader = NULL
+            task = <Task>reader
+            Py_DECREF(task)
+        if writer != NULL:
+            slot.writer = NULL
+            if task is not None:
+                self.wake_task(task)
+            task = <Task>writer
+            Py_DECREF(task)
+        if task is None or task.queued:
+            return None
+        task.woken = True
+        return task
+
+    cdef int collect(self) except? -2:
+        """Ask the kernel for events, waiting for them if nothing is ready; -1 if the root is to raise something."""
+        cdef int milliseconds = -1
+        cdef int count
+        cdef double left
+        if self.ready_count or self.posted:
+            milliseconds = 0
+        elif self.timer_count:
+            left = (<Task>self.timers[0]).heap_deadline - now()
+            milliseconds = 0 if left <= 0.0 else <int>ceil(left * 1000.0)
+        self.idle = True
+        with nogil:
+            count = fs_epoll_wait(self.epoll, self.events, MAX_EVENTS, milliseconds)
+        self.idle = False
+        if self.watcher_sleeps:
+            self.watcher_sleeps = False
+            self.watcher.set()
+        self.event_count = max(count, 0)
+        self.next_event = 0
+        try:
+            if count < 0:
+                if count != -EINTR:
+                    raise error_of(-count)
+                PyErr_CheckSignals()
+            if self.posted:
+                self.take_posted()
+            if self.timer_count:
+                self.fire_timers()
+        except BaseException as error:
+            # Whoever happens to wait has nothing to do with it: it is the root's, as in a server without greenlets.
+            self.failure = error
+            self.root.woken = True
+            return -1
+        return 0
+
+    cdef int take_posted(self) except -1:
+        if self.notified:
+            self.notified = False
+            self.wakeup.clear()
+        while self.posted:
+            self.wake_task(self.posted.popleft())
+        return 0
+
+    # The ring of those that are ready.
+
+    cdef int wake_task(self, Task task) except -1:
+        cdef void **grown
+        cdef size_t i, room
+        if task.queued:
+            return 0
+        if self.ready_count == self.ready_room:
+            room = max(self.ready_room * 2, <size_t>64)
+            grown = <void **>PyMem_Malloc(room * sizeof(void *))
+            if grown == NULL:
+                raise MemoryError()
+            for i in range(self.ready_count):
+                grown[i] = self.ready[(self.ready_head + i) & (self.ready_room - 1)]
+            PyMem_Free(self.ready)
+            self.ready = grown
+            self.ready_room = room
+            self.ready_head = 0
+        Py_INCREF(task)
+        self.ready[(self.ready_head + self.ready_count) & (self.ready_room - 1)] = <void *>task
+        self.ready_count += 1
+        task.queued = True
+        return 0
+
+    cdef Task pop_ready(self):
+        cdef Task task = <Task>self.ready[self.ready_head]
+        self.ready_head = (self.ready_head + 1) & (self.ready_room - 1)
+        self.ready_count -= 1
+        Py_DECREF(task)
+        task.queued = False
+        return task
+
+    # The heap of timers. A task has one place in it at most, and keeps it when its wait is over.
+
+    cdef int set_timer(self, Task task) except -1:
+        cdef void **grown
+        if task.place < 0:
+            if self.timer_count == self.timer_room:
+                grown = <void **>PyMem_Realloc(self.timers, (self.timer_room * 2 + 64) * sizeof(void *))
+                if grown == NULL:
+                    raise MemoryError()
+                self.timers = grown
+                self.timer_room = self.timer_room * 2 + 64
+            Py_INCREF(task)
+            self.timers[self.timer_count] = <void *>task
+            task.place = self.timer_count
+            self.timer_count += 1
+        task.heap_deadline = task.deadline
+        self.sift_up(task.place)
+        return 0
+
+    cdef void sift_up(self, Py_ssize_t i):
+        cdef void *moved = self.timers[i]
+        cdef double deadline = (<Task>moved).heap_deadline
+        cdef Py_ssize_t above
+        while i > 0:
+            above = (i - 1) >> 1
+            if (<Task>self.timers[above]).heap_deadline <= deadline:
+                break
+            self.timers[i] = self.timers[above]
+            (<Task>self.timers[i]).place = i
+            i = above
+        self.timers[i] = moved
+        (<Task>moved).place = i
+
+    cdef void sift_down(self, Py_ssize_t i):
+        cdef void *moved = self.timers[i]
+        cdef double deadline = (<Task>moved).heap_deadline
+        cdef Py_ssize_t below
+        while True:
+            below = 2 * i + 1
+            if below >= self.timer_count:
+                break
+            if (
+                below + 1 < self.timer_count
+                and (<Task>self.timers[below + 1]).heap_deadline < (<Task>self.timers[below]).heap_deadline
+            ):
+                below += 1
+            if deadline <= (<Task>self.timers[below]).heap_deadline:
+                break
+            self.timers[i] = self.timers[below]
+            (<Task>self.timers[i]).place = i
+            i = below
+        self.timers[i] = moved
+        (<Task>moved).place = i
+
+    cdef void drop_top(self):
+        cdef Task task = <Task>self.timers[0]
+        self.timer_count -= 1
+        if self.timer_count:
+            self.timers[0] = self.timers[self.timer_count]
+            (<Task>self.timers[0]).place = 0
+            self.sift_down(0)
+        task.place = -1
+        task.heap_deadline = INFINITY
+        Py_DECREF(task)
+
+    cdef int fire_timers(self) except -1:
+        """Wake the tasks whose deadline has passed; find those a new place that have a later one by now."""
+        cdef double moment = now()
+        cdef Task task
+        while self.timer_count and (<Task>self.timers[0]).heap_deadline <= moment:
+            task = <Task>self.timers[0]
+            if task.deadline <= moment:
+                task.timed_out = True
+                self.drop_top()
+                self.wake_task(task)
+            elif task.deadline == INFINITY:
+                self.drop_top()
+            else:
+                task.heap_deadline = task.deadline
+                self.sift_down(0)
+        return 0
+
+    # Replies that are gathered while there are requests left to read.
+
+    cdef int end_flush(self) except -1:
+        """Send what a task has left unsent that has ended without closing its connection."""
+        try:
+            self.flush()
+        except OSError:
+            pass  # the client has gone, and nobody is left to be told so
+        return 0
+
+    cdef int flush(self) except -1:
+        """Send what was gathered. Only the greenlet that gathered it comes here: nobody waits before it was sent."""
+        cdef object connection = self.cork_owner
+        cdef object rest
+        cdef Py_ssize_t size = self.corked
+        cdef Py_ssize_t sent
+        cdef int fd
+        self.corked = 0
+        self.cork_owner = None
+        fd = _descriptor_of(connection)
+        sent = fs_send(fd, self.cork, size, 0)
+        if sent == size:
+            return 0
+        if sent < 0:
+            if sent != -EAGAIN and sent != -EINTR:
+                raise error_of(-sent)
+            sent = 0
+        # There may be a wait, in which others gather theirs.
+        rest = PyBytes_FromStringAndSize(self.cork + sent, size - sent)
+        send_all(self, connection, PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest), deadline_of(connection))
+        return 0
+
+
+cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size, double deadline) except -1:
+    """Send all of it, waiting where the kernel's buffer is full."""
+    cdef Py_ssize_t sent
+    cdef int fd
+    while True:
+        fd = _descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
+        sent = fs_send(fd, data, size, 0)
+        if sent >= 0:
+            if sent == size:
+                return 0
+            data += sent
+            size -= sent
+            hub.spend()
+        elif sent == -EINTR:
+            PyErr_CheckSignals()
+        elif sent == -EAGAIN:
+            hub.wait_for(connection, fd, True, deadline)
+        else:
+            raise error_of(-sent)
+
+
+cdef int forget(int fd) except -1:
+    """Let every hub forget a descriptor: it changes hands."""
+    cdef Hub hub
+    for hub in _hubs:
+        hub.forget(fd)
+    return 0
+
+
+def _before_fork():
+    # What was gathered is the parent's to send; the child would send it again, or something else before it.
+    cdef Hub hub = running_hub()
+    if hub is not None and hub.corked:
+        hub.flush()
+
+
+def _after_fork_in_child():
+    cdef Hub hub
+    for hub in list(_waiting.hubs):
+        hub.forget_parent()
+    _waiting.hubs.clear()
+
+
+_os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
