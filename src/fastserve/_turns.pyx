@@ -67,6 +67,12 @@ cdef object _flag = None
 cdef object _accept_failed = None
 cdef object _paused = None
 cdef object _retry_paused = None
+# Of the hub of greenlets, once there is one.
+cdef object _Hub = None
+cdef object _GreenConnection = None
+cdef object _accept_green = None
+cdef object _end_green = None
+cdef object _ended_by = None
 
 cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
@@ -94,6 +100,19 @@ def prepare(flag, accept_failed, paused, retry_paused):
     """
     global _flag, _accept_failed, _paused, _retry_paused
     _flag, _accept_failed, _paused, _retry_paused = flag, accept_failed, paused, retry_paused
+
+
+def know_greenlets(hub, connection, accept, end, ended_by):
+    """Remember how connections that wait in a hub are accepted and ended.
+
+    :param hub: the class of hubs, which are the pollers of their servers' loops.
+    :param connection: the class of connections that wait in a hub.
+    :param accept: called with a listener; returns such a connection and the address of its client.
+    :param end: called with a connection; shuts it down and closes it.
+    :param ended_by: called with what has come out of a request and would have ended its thread.
+    """
+    global _Hub, _GreenConnection, _accept_green, _end_green, _ended_by
+    _Hub, _GreenConnection, _accept_green, _end_green, _ended_by = hub, connection, accept, end, ended_by
 
 
 cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 0:
@@ -164,6 +183,7 @@ def run(server, loop):
     cdef int listener = loop._listener
     cdef object poller = loop._poller
     cdef EpollPoller epoll = poller if type(poller) is EpollPoller else None
+    cdef bint green = type(poller) is _Hub
     while True:
         PyErr_CheckSignals()
         if not is_plain(server, loop) or loop.stopping or flag_is_set(server):
@@ -178,15 +198,18 @@ def run(server, loop):
         # Another thread may have overridden them meanwhile. The poller still reports the listener to the loop then.
         if not (is_own(server, HANDLE_NOBLOCK, "_handle_request_noblock") and is_own(server, GET, "get_request")):
             return True
-        handle_request(server)
+        handle_request(server, green)
         if not is_own(server, SERVICE, "service_actions"):
             server.service_actions()
 
 
-cdef int handle_request(object server) except -1:
+cdef int handle_request(object server, bint green) except -1:
     """Do what ``_handle_request_noblock`` does, ``get_request`` included."""
     try:
-        request, client_address = accept_from(server.socket, _Connection)
+        if green:
+            request, client_address = _accept_green(server.socket)
+        else:
+            request, client_address = accept_from(server.socket, _Connection)
     except OSError as error:
         _accept_failed(server, error)
         return 0
@@ -221,7 +244,7 @@ cdef int end(object server, object request) except -1:
     """Do what ``shutdown_request`` does, and ``close_request`` for it."""
     cdef int descriptor, result
     if (
-        type(request) is not _Connection
+        (type(request) is not _Connection and type(request) is not _GreenConnection)
         or not is_own(server, SHUTDOWN, "shutdown_request")
         or not is_own(server, CLOSE, "close_request")
         or not is_plain_connection()
@@ -229,13 +252,16 @@ cdef int end(object server, object request) except -1:
     ):
         server.shutdown_request(request)
         return 0
-    request._closed = True
-    descriptor = _detach(request)
-    if descriptor >= 0:
-        with nogil:
-            result = fs_shutdown_and_close(descriptor)
-        if result < 0:
-            raise error_of(-result)
+    if type(request) is _GreenConnection:
+        _end_green(request)
+    else:
+        request._closed = True
+        descriptor = _detach(request)
+        if descriptor >= 0:
+            with nogil:
+                result = fs_shutdown_and_close(descriptor)
+            if result < 0:
+                raise error_of(-result)
     if _paused:
         _retry_paused()
     return 0
@@ -271,6 +297,22 @@ def process_request_thread(server, request, client_address):
         server.handle_error(request, client_address)
     finally:
         end(server, request)
+
+
+def process_request_greenlet(server, request, client_address):
+    """Handle a request in its greenlet, as ``process_request_thread`` does."""
+    try:
+        if not is_own(server, IN_THREAD, "process_request_thread"):
+            server.process_request_thread(request, client_address)
+            return
+        try:
+            finish(server, request, client_address)
+        except Exception:
+            server.handle_error(request, client_address)
+        finally:
+            end(server, request)
+    except (Exception, SystemExit) as error:
+        _ended_by(error)
 
 
 cdef object _in_thread = process_request_thread
