@@ -143,6 +143,8 @@ class GreenletMixIn(ThreadingMixIn):
                     hub.thread.join(TICK)
 
 
+_PROCESS_REQUEST: Final = GreenletMixIn.process_request
+
 _PLAIN: Final = frozenset({socket.socket, _backend.streams.Connection})
 
 
@@ -157,7 +159,7 @@ def _hub_of(server: Any) -> Any:
     hub = _backend.hub().Hub()
     if _backend.turns is not None:
         green = _backend.green()
-        _backend.turns.know_greenlets(type(hub), green.Connection, green.accept, green.end, _ended_by)
+        _backend.turns.know_greenlets(type(hub), green.Connection, green.accept, green.end, _ended_by, _PROCESS_REQUEST)
     hub.server = server
     hub.thread = threading.current_thread()
     hubs.append(hub)
