@@ -11,7 +11,6 @@ import _socket
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.object cimport PyObject, PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
@@ -25,36 +24,12 @@ from fastserve._syscalls cimport (
 )
 
 cdef extern from "Python.h":
-    PyTypeObject PyType_Type, PyBaseObject_Type
-    PyObject *_PyType_Lookup(PyTypeObject *, object)
     object PyObject_GenericGetDict(object, void *)
-    PyObject *PyObject_GenericGetAttr(PyObject *, PyObject *)
-    int PyFunction_Check(PyObject *)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
     unsigned long PyThread_get_thread_ident()
     int PySys_Audit(const char *, const char *, ...) except -1
 
-cdef extern from *:
-    """
-    #define fs_new_object(cls) (PyBaseObject_Type.tp_new((PyTypeObject *)(cls), fs_no_arguments, NULL))
-    #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
-        && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
-    #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
-    /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
-       compares before it takes a method that it has found before. */
-    #define fs_version_of(cls) ((cls)->tp_version_tag)
-    static PyObject *fs_no_arguments;
-    static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
-    """
-    object fs_new_object(object)
-    bint fs_makes_plain_objects(object)
-    bint fs_finds_attributes_plainly(object)
-    unsigned int fs_version_of(PyTypeObject *)
-    PyTypeObject *fs_type_of(object)
-    PyObject *fs_no_arguments
-
-cdef tuple _no_arguments = ()
-fs_no_arguments = <PyObject *>_no_arguments
+include "_handlers.pxi"
 
 cdef enum:
     KNOWN = 64        # addresses of peers that are remembered
@@ -191,6 +166,7 @@ cdef class Turns:
     """
 
     cdef object _flag
+    cdef Handlers _handlers
     cdef PyObject *_handle_request_noblock
     cdef PyObject *_get_request
     cdef PyObject *_verify_request
@@ -205,8 +181,9 @@ cdef class Turns:
     cdef unsigned int _version
     cdef bint _class_overrides, _class_has_flag
 
-    def __cinit__(self, flag, own):
+    def __cinit__(self, flag, own, own_of_handlers):
         self._flag = flag
+        self._handlers = Handlers(own_of_handlers)
         self._own = dict(own)
         self._handle_request_noblock = <PyObject *>self._own["_handle_request_noblock"]
         self._get_request = <PyObject *>self._own["get_request"]
@@ -271,7 +248,7 @@ cdef class Turns:
         except IndexError:
             return False
         try:
-            _construct(server.RequestHandlerClass, request, client_address, server)
+            self._handlers.construct(server.RequestHandlerClass, request, client_address, server)
             plain = self._is_plain(server)
             if not plain:
                 self._end(server, request)
@@ -315,7 +292,7 @@ cdef class Turns:
                 server.process_request(request, client_address)
             else:
                 if _is_own(server, "finish_request", self._finish_request):
-                    _construct(server.RequestHandlerClass, request, client_address, server)
+                    self._handlers.construct(server.RequestHandlerClass, request, client_address, server)
                 else:
                     server.finish_request(request, client_address)
                 self._end(server, request)
@@ -342,27 +319,11 @@ cdef inline bint _is_own(object server, str name, PyObject *function) except -1:
     return name not in <dict>PyObject_GenericGetDict(server, NULL)
 
 
-cdef int _construct(object cls, object request, object client_address, object server) except -1:
-    """Call a handler class as ``type.__call__`` does, without packing the arguments into a tuple twice."""
-    cdef PyObject *init = NULL
-    if fs_makes_plain_objects(cls):
-        init = _PyType_Lookup(<PyTypeObject *>cls, "__init__")
-    if init == NULL or not PyFunction_Check(init):
-        cls(request, client_address, server)
-        return 0
-    function = <object>init
-    handler = fs_new_object(cls)
-    result = function(handler, request, client_address, server)
-    if result is not None:
-        raise TypeError(f"__init__() should return None, not '{type(result).__name__}'")
-    return 0
-
-
 cdef class Gatherer:
     """One array of messages for sendmmsg(2); the bytes of the replies are referred to, not copied."""
 
     cdef object _listener, _send_now, _report
-    cdef list _replies  # (data, address), so that the data live and a failure can be told
+    cdef list _replies, _addresses  # so that the data live and a failure can be told
     cdef fs_mmsghdr _messages[MOST]
     cdef iovec _vectors[MOST]
     cdef sockaddr_storage _names[MOST]
@@ -370,18 +331,19 @@ cdef class Gatherer:
     cdef int _family
     cdef unsigned long _thread  # that which gathers, or 0
     cdef bint _flushing
-    # The last address that was translated.
-    cdef object _last
-    cdef sockaddr_storage _last_name
-    cdef socklen_t _last_length
+    # Addresses that were translated lately. A receiver gives the same object again for an address that it knows.
+    cdef list _known_addresses
+    cdef sockaddr_storage _known[KNOWN]
+    cdef socklen_t _known_lengths[KNOWN]
 
     def __cinit__(self, listener, report):
         cdef Py_ssize_t i
         self._listener = listener
         self._send_now = listener.sendto
         self._report = report
-        self._replies = []
-        self._last = _absent
+        self._replies = [None] * MOST
+        self._addresses = [None] * MOST
+        self._known_addresses = [_absent] * KNOWN
         self._family = _family_of(listener)
         memset(self._messages, 0, sizeof(self._messages))
         for i in range(MOST):
@@ -408,10 +370,11 @@ cdef class Gatherer:
         self._thread = 0
         self._flushing = False
         self._first = self._count = 0
-        self._replies = []
+        self._replies = [None] * MOST
+        self._addresses = [None] * MOST
 
     def sendto(self, data, flags, address=_absent, /):
-        cdef socklen_t length
+        cdef size_t place = <size_t><PyObject *>flags
         if self._flushing or self._thread != PyThread_get_thread_ident():
             return self._pass_on(data, flags, address)
         if address is not _absent or (type(data) is not bytes and type(data) is not bytearray):
@@ -419,23 +382,21 @@ cdef class Gatherer:
             return self._pass_on(data, flags, address)
         if self._count == MOST:
             self.flush()
-        if flags is not self._last:
-            length = self._translate(flags)
-            if length == 0:
-                self.flush()
-                return self._pass_on(data, flags, address)
-            self._last = flags
-            self._last_length = length
+        place = ((place >> 4) ^ (place >> 10)) % KNOWN
+        if self._known_addresses[place] is not flags and not self._translate(flags, place):
+            self.flush()
+            return self._pass_on(data, flags, address)
         if len(data) > LONGEST:
             self.flush()
             return self._pass_on(data, flags, address)
         PySys_Audit("socket.sendto", "OO", <PyObject *>self._listener, <PyObject *>flags)
         kept = data if type(data) is bytes else bytes(data)
-        memcpy(&self._names[self._count], &self._last_name, self._last_length)
-        self._messages[self._count].msg_hdr.msg_namelen = self._last_length
+        memcpy(&self._names[self._count], &self._known[place], self._known_lengths[place])
+        self._messages[self._count].msg_hdr.msg_namelen = self._known_lengths[place]
         self._vectors[self._count].iov_base = PyBytes_AS_STRING(kept)
         self._vectors[self._count].iov_len = PyBytes_GET_SIZE(kept)
-        self._replies.append((kept, flags))
+        self._replies[self._count] = kept
+        self._addresses[self._count] = flags
         self._count += 1
         return PyBytes_GET_SIZE(kept)
 
@@ -444,14 +405,22 @@ cdef class Gatherer:
             return self._send_now(data, flags)
         return self._send_now(data, flags, address)
 
-    cdef socklen_t _translate(self, object address) except? 0:
-        """Write an address into ``_last_name`` and return its length; 0 for what is left to the socket to judge."""
-        cdef sockaddr_in *inet = <sockaddr_in *>&self._last_name
-        cdef sockaddr_in6 *inet6 = <sockaddr_in6 *>&self._last_name
-        cdef sockaddr_un *local = <sockaddr_un *>&self._last_name
+    cdef bint _translate(self, object address, size_t place) except -1:
+        """Remember an address at a place; return whether it is one, and not left to the socket to judge."""
+        self._known_addresses[place] = _absent
+        self._known_lengths[place] = self._write(address, &self._known[place])
+        if self._known_lengths[place] == 0:
+            return False
+        self._known_addresses[place] = address
+        return True
+
+    cdef socklen_t _write(self, object address, sockaddr_storage *name) except? 0:
+        """Write an address into ``name`` and return its length; 0 for what is left to the socket to judge."""
+        cdef sockaddr_in *inet = <sockaddr_in *>name
+        cdef sockaddr_in6 *inet6 = <sockaddr_in6 *>name
+        cdef sockaddr_un *local = <sockaddr_un *>name
         cdef Py_ssize_t offset = <char *>local.sun_path - <char *>local
-        self._last = _absent
-        memset(&self._last_name, 0, sizeof(self._last_name))
+        memset(name, 0, sizeof(sockaddr_storage))
         if self._family == AF_UNIX:
             if type(address) is str:
                 address = _os.fsencode(address)
@@ -485,10 +454,11 @@ cdef class Gatherer:
         cdef int descriptor
         cdef int result = 0
         cdef bint waited = False
+        cdef Py_ssize_t i
         if self._first == self._count or self._flushing or self._thread != PyThread_get_thread_ident():
             return
         self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
-        replies = self._replies
+        replies, addresses = self._replies, self._addresses
         try:
             while self._first < self._count:
                 descriptor = _descriptor_of(self._listener)
@@ -505,11 +475,14 @@ cdef class Gatherer:
                     _wait_writable(descriptor, waited)
                     waited = True
                 else:
-                    data, address = replies[self._first]
+                    i = self._first
                     self._first += 1
-                    self._report(error_of(-result), data, address)
+                    self._report(error_of(-result), replies[i], addresses[i])
             self._first = self._count = 0
-            replies.clear()
+            for i in range(MOST):
+                if replies[i] is None:
+                    break
+                replies[i] = addresses[i] = None
         finally:
             self._flushing = False
 

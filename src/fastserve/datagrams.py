@@ -20,6 +20,7 @@ from fastserve import _backend
 from fastserve._datagrams_py import Request
 from fastserve._loop import STATE, Loop, SelectorLoop, State
 from fastserve.gathering import GatheringSocket, gathering_socket
+from fastserve.handlers import OWN_OF_HANDLERS
 
 MAX_BATCH: Final = 64  # datagrams, unless the server says otherwise
 MOST_BYTES: Final = 4 * 1024 * 1024  # of the buffers of one loop
@@ -189,7 +190,7 @@ class Batches:
         self._datagrams = Datagrams.of(server)
         self.kept = self._datagrams.kept
         self._receiver = _backend.datagrams.Receiver()
-        self._turns = _backend.datagrams.Turns(flag, own)
+        self._turns = _backend.datagrams.Turns(flag, own, OWN_OF_HANDLERS)
 
     def are_pending(self) -> bool:
         """Return whether something is to be handled before the loop may wait."""
