@@ -12,15 +12,15 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_mmsghdr, fs_poll, fs_recvmmsg, fs_sendmmsg, htonl, htons,
-    inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
+    AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
+    fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
 )
 
 cdef extern from "Python.h":
@@ -36,6 +36,8 @@ cdef enum:
     LINE = 64         # bytes of a line of the processor's cache
     MOST = 64         # replies that are gathered
     LONGEST = 65507   # bytes of a datagram over IPv4
+    SEGMENT = 1232    # bytes of a datagram that any path takes in one piece: RFC 8200, the least MTU without headers
+    JOINED = 60000    # bytes that are sent as one message
     ROOM = 104        # bytes of sun_path, on the system that has the fewest
 
 cdef object _absent = object()
@@ -320,14 +322,21 @@ cdef inline bint _is_own(object server, str name, PyObject *function) except -1:
 
 
 cdef class Gatherer:
-    """One array of messages for sendmmsg(2); the bytes of the replies are referred to, not copied."""
+    """One array of messages for sendmmsg(2); the bytes of the replies are referred to, not copied.
+
+    Replies of one size to one peer, one behind the other, are one message, if the kernel can cut it up again.
+    """
 
     cdef object _listener, _send_now, _report
     cdef list _replies, _addresses  # so that the data live and a failure can be told
-    cdef fs_mmsghdr _messages[MOST]
     cdef iovec _vectors[MOST]
     cdef sockaddr_storage _names[MOST]
+    cdef socklen_t _lengths[MOST]
     cdef Py_ssize_t _first, _count  # those from the first on are not sent yet
+    cdef fs_mmsghdr _messages[MOST]
+    cdef fs_control _controls[MOST]
+    cdef bint _joins
+    cdef Py_ssize_t _alone  # those before are sent one by one
     cdef int _family
     cdef unsigned long _thread  # that which gathers, or 0
     cdef bint _flushing
@@ -337,7 +346,6 @@ cdef class Gatherer:
     cdef socklen_t _known_lengths[KNOWN]
 
     def __cinit__(self, listener, report):
-        cdef Py_ssize_t i
         self._listener = listener
         self._send_now = listener.sendto
         self._report = report
@@ -345,11 +353,8 @@ cdef class Gatherer:
         self._addresses = [None] * MOST
         self._known_addresses = [_absent] * KNOWN
         self._family = _family_of(listener)
+        self._joins = self._family != AF_UNIX and fs_can_segment(_descriptor_of(listener))
         memset(self._messages, 0, sizeof(self._messages))
-        for i in range(MOST):
-            self._messages[i].msg_hdr.msg_name = &self._names[i]
-            self._messages[i].msg_hdr.msg_iov = &self._vectors[i]
-            self._messages[i].msg_hdr.msg_iovlen = 1
 
     def begin(self):
         if self._thread == 0:
@@ -369,7 +374,7 @@ cdef class Gatherer:
     def forget(self):
         self._thread = 0
         self._flushing = False
-        self._first = self._count = 0
+        self._first = self._count = self._alone = 0
         self._replies = [None] * MOST
         self._addresses = [None] * MOST
 
@@ -392,7 +397,7 @@ cdef class Gatherer:
         PySys_Audit("socket.sendto", "OO", <PyObject *>self._listener, <PyObject *>flags)
         kept = data if type(data) is bytes else bytes(data)
         memcpy(&self._names[self._count], &self._known[place], self._known_lengths[place])
-        self._messages[self._count].msg_hdr.msg_namelen = self._known_lengths[place]
+        self._lengths[self._count] = self._known_lengths[place]
         self._vectors[self._count].iov_base = PyBytes_AS_STRING(kept)
         self._vectors[self._count].iov_len = PyBytes_GET_SIZE(kept)
         self._replies[self._count] = kept
@@ -454,7 +459,7 @@ cdef class Gatherer:
         cdef int descriptor
         cdef int result = 0
         cdef bint waited = False
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, count
         if self._first == self._count or self._flushing or self._thread != PyThread_get_thread_ident():
             return
         self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
@@ -462,29 +467,69 @@ cdef class Gatherer:
         try:
             while self._first < self._count:
                 descriptor = _descriptor_of(self._listener)
+                count = self._join()
                 with nogil:
-                    result = fs_sendmmsg(
-                        descriptor, &self._messages[self._first], <unsigned int>(self._count - self._first)
-                    )
+                    result = fs_sendmmsg(descriptor, self._messages, <unsigned int>count)
                 if result >= 0:
-                    self._first += result
+                    for i in range(result):
+                        self._first += self._messages[i].msg_hdr.msg_iovlen
                     waited = False
                 elif result == -EINTR:
                     PyErr_CheckSignals()
                 elif result == -EAGAIN:
                     _wait_writable(descriptor, waited)
                     waited = True
+                elif self._messages[0].msg_hdr.msg_iovlen > 1:
+                    # Each is to have its own error, and some routes cannot do it.
+                    self._alone = self._first + self._messages[0].msg_hdr.msg_iovlen
                 else:
                     i = self._first
                     self._first += 1
                     self._report(error_of(-result), replies[i], addresses[i])
-            self._first = self._count = 0
+            self._first = self._count = self._alone = 0
             for i in range(MOST):
                 if replies[i] is None:
                     break
                 replies[i] = addresses[i] = None
         finally:
             self._flushing = False
+
+    cdef Py_ssize_t _join(self) noexcept:
+        """Make messages of the replies that are not sent yet; return how many."""
+        cdef Py_ssize_t first = self._first, count = 0, after
+        cdef fs_mmsghdr *message
+        while first < self._count:
+            after = self._end_of_run(first)
+            message = &self._messages[count]
+            message.msg_hdr.msg_name = &self._names[first]
+            message.msg_hdr.msg_namelen = self._lengths[first]
+            message.msg_hdr.msg_iov = &self._vectors[first]
+            message.msg_hdr.msg_iovlen = after - first
+            if after - first > 1:
+                fs_segment(message, &self._controls[count], <uint16_t>self._vectors[first].iov_len)
+            else:
+                message.msg_hdr.msg_control = NULL
+                message.msg_hdr.msg_controllen = 0
+            first = after
+            count += 1
+        return count
+
+    cdef Py_ssize_t _end_of_run(self, Py_ssize_t first) noexcept:
+        """Return the end of the replies that can be one message: all of one size, but for a shorter one at the end."""
+        cdef size_t size = self._vectors[first].iov_len, present = size, total = size
+        cdef Py_ssize_t after = first + 1
+        if not self._joins or first < self._alone or size > SEGMENT:
+            return after
+        while after < self._count and present == size and 0 < self._vectors[after].iov_len <= size:
+            present = self._vectors[after].iov_len
+            total += present
+            if (
+                total > JOINED or self._lengths[after] != self._lengths[first]
+                or memcmp(&self._names[after], &self._names[first], self._lengths[first]) != 0
+            ):
+                break
+            after += 1
+        return after
 
 
 cdef bint _is_number(object value, unsigned long highest):
