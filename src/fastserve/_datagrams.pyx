@@ -20,7 +20,8 @@ from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
-    fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
+    fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage,
+    sockaddr_un, socklen_t,
 )
 
 cdef extern from "Python.h":
