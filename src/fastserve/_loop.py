@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import selectors
 import signal
@@ -100,6 +101,7 @@ class Loop:
             self._poller.close()
             raise
         self._is_open = True
+        _register_hook()
         _loops.add(self)
         self._poller.register(self._wakeup.fileno())
         self._poller.register(self._listener)
@@ -388,8 +390,11 @@ def _after_fork_in_child() -> None:
             signal.set_wakeup_fd(-1)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+@functools.cache
+def _register_hook() -> None:
+    """Be called after a fork: from the first loop on, as a hook costs each fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 STATE: Final = "_fastserve_state"  # the key in the server's __dict__
