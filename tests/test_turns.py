@@ -143,7 +143,8 @@ def test_a_method_that_a_handler_overrides_is_called_at_the_end_of_its_request(s
 @pytest.mark.parametrize("where", ["class", "instance"])
 def test_a_method_that_is_overridden_with_nothing_is_called_all_the_same(module: ModuleType, where: str) -> None:
     server = new_server(module.TCPServer)
-    setattr(type(server) if where == "class" else server, "get_request", None)
+    place: Any = type(server) if where == "class" else server
+    place.get_request = None
     with server, socket.create_connection(server.server_address):
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             server.serve_forever(TICK)
