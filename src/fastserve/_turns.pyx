@@ -7,6 +7,7 @@ call every method, and the program cannot tell the difference but by looking at 
 """
 
 import socket as _socket_module
+import socketserver as _socketserver
 
 import _socket
 
@@ -28,6 +29,8 @@ cdef extern from "Python.h":
 
 cdef tuple _no_arguments = ()
 fs_no_arguments = <PyObject *>_no_arguments
+
+cdef object _absent = object()
 
 cdef str FLAG = "_BaseServer__shutdown_request"
 
@@ -127,11 +130,12 @@ cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 
     cdef unsigned int own = LOOKED
     cdef int i
     place.cls = NULL
-    if fs_finds_attributes_plainly(server):
+    # A stand-in with slots for a server has no __dict__ to look into.
+    if fs_finds_attributes_plainly(server) and (<object>cls).__dictoffset__ != 0:
         for i, name in enumerate(NAMES):
             for base in (<object>cls).__mro__:
-                found = vars(base).get(name)
-                if found is not None and not any(found is function for function in _passing):
+                found = vars(base).get(name, _absent)
+                if found is not _absent and not any(found is function for function in _passing):
                     if any(found is function for function in _own[name]):
                         own |= 1 << i
                     elif found is _process_green and found is not None:
@@ -266,6 +270,7 @@ cdef int end(object server, object request) except -1:
         or not is_own(server, CLOSE, "close_request")
         or not is_plain_connection()
         or request._io_refs > 0
+        or _socketserver.socket is not _socket_module
     ):
         server.shutdown_request(request)
         return 0
