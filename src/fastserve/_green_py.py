@@ -316,6 +316,12 @@ def _forget(fd: int) -> None:
             hub.forget(fd)
 
 
+def adopt(connection: socket.socket) -> None:
+    """Make a plain socket, accepted by whomever, a :class:`Connection`."""
+    connection.__class__ = Connection
+    _forget(_descriptor_of(connection))
+
+
 def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
     """Accept a connection that waits in the hub; return it and the address of the client."""
     fd, address = listener._accept()  # type: ignore[attr-defined]

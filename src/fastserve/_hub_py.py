@@ -100,6 +100,7 @@ class Hub:
     :ivar root: the task of the greenlet that made the hub.
     :ivar server: whose requests the tasks handle; the caller's to set.
     :ivar thread: that runs the hub; the caller's to set.
+    :ivar executor: the threads of ``tasks.to_thread()``; its to set.
     :ivar owner: the identifier of that thread.
     :ivar active: how many tasks run.
     :ivar idle: whether the thread waits in the kernel.
@@ -111,6 +112,7 @@ class Hub:
     def __init__(self) -> None:
         self.server: Any = None
         self.thread: threading.Thread | None = None
+        self.executor: Any = None
         self.owner = threading.get_ident()
         self.active = 0
         self.idle = False
@@ -395,6 +397,9 @@ class Hub:
                     self._update(fd, watched)
         if me._timed_out:
             raise TimeoutError("timed out")
+
+    def expose(self, sock: socket.socket, fd: int) -> None:
+        """Gather nothing for ``sock`` from now on, whose descriptor somebody has asked for: nothing is gathered here."""
 
     def send_gathered(self) -> None:
         """Send what was gathered of earlier replies: nothing, where it is sent at once."""
