@@ -207,6 +207,30 @@ def test_each_task_has_an_empty_context_of_its_own(hub: Any) -> None:
     assert variable.get() == "root's"
 
 
+def test_tasks_that_begin_one_after_the_other_nest_in_no_other(hub: Any) -> None:
+    depths: list[int] = []
+
+    def depth_left() -> int:
+        try:
+            return 1 + depth_left()
+        except RecursionError:
+            return 0
+
+    def task(left: int) -> None:
+        if left:
+            hub.spawn(task, left - 1)
+        if left % 100 == 0:
+            depths.append(depth_left())
+        hub.park()
+
+    hub.start(task, 1000)
+    while hub.active < 1001:
+        hub.park(0.001)
+    hub.kill()
+    finish(hub)
+    assert len(depths) == 11 and max(depths) - min(depths) < 50
+
+
 # Timers
 
 
@@ -229,15 +253,19 @@ def test_ten_thousand_timers_fire_in_their_order(hub: Any) -> None:
         assert time.monotonic() >= deadline - 1e-6
         fired.append(deadline)
 
-    base = time.monotonic() + 0.5
-    deadlines = [base + choose.choice([0.0, 0.05, choose.random() / 5]) for _ in range(10_000)]
-    for deadline in deadlines:
-        hub.start(task, deadline)
-    finish(hub)
-    assert len(fired) == len(deadlines)
-    # Those that are found over in one look at the clock go on in their order; what parks after its time does not.
-    if time.monotonic() < base + 5:
-        assert sum(a > b + 0.05 for a, b in zip(fired, fired[1:], strict=False)) == 0
+    for head_start in (0.5, 2.0, 8.0):  # seconds in which all of them come to wait, on a slow machine
+        fired.clear()
+        base = time.monotonic() + head_start
+        deadlines = [base + choose.choice([0.0, 0.05, choose.random() / 5]) for _ in range(10_000)]
+        for deadline in deadlines:
+            hub.start(task, deadline)
+        in_time = time.monotonic() < base
+        finish(hub)
+        assert len(fired) == len(deadlines)
+        if in_time:
+            break
+    # One that is held up between two looks at the clock, as by the collection of garbage, waits a little longer.
+    assert sum(a > b + 0.01 for a, b in zip(fired, fired[1:], strict=False)) < len(fired) / 100
 
 
 def test_timers_of_one_instant_fire_together(hub: Any) -> None:
@@ -608,8 +636,11 @@ def test_a_descriptor_that_the_kernel_does_not_watch_is_an_error_and_nothing_els
     if not hasattr(os, "eventfd"):
         pytest.skip("where files can be waited for")
     seen = []
-    fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
-    with _backend.green().Connection(socket.AF_INET, socket.SOCK_STREAM, 0, fd) as connection:
+    file = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    with _backend.green().Connection() as connection:
+        fd = connection.fileno()
+        os.dup2(file, fd)
+        os.close(file)
         with pytest.raises(PermissionError):
             hub.register(fd)
 
@@ -772,7 +803,7 @@ def test_a_descriptor_that_is_used_again_is_another_one(hub: Any, impl: str) -> 
     seen: list[Any] = []
 
     def new() -> tuple[Any, socket.socket]:
-        peer, other = socket.socketpair()
+        other, peer = socket.socketpair()  # the first has the lowest free number
         return connections(other.family, other.type, other.proto, other.detach()), peer
 
     def read(connection: Any, name: str) -> None:

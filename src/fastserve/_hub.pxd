@@ -50,7 +50,7 @@ cdef class Task:
     cdef double deadline  # of the wait, INFINITY without one
     cdef Py_ssize_t place  # in the heap of timers, -1 outside
     cdef double heap_deadline
-    cdef bint woken, queued, timed_out, ending
+    cdef bint begun, woken, queued, timed_out, ending
     cdef readonly bint killed
 
 
@@ -61,7 +61,9 @@ cdef class Hub:
     cdef epoll_event events[MAX_EVENTS]
     cdef int event_count, next_event
     cdef readonly Task root
-    cdef Task current, urgent
+    cdef Task current
+    cdef Task urgent  # who is to go on before all others
+    cdef Task beginning  # who the root is to switch to
     cdef void **ready  # a ring of Tasks, references
     cdef size_t ready_room, ready_head, ready_count, ready_in_turn
     cdef void **timers  # a heap of Tasks, references

@@ -284,7 +284,7 @@ cdef class Hub:
             return
         me.woken = False
         self.urgent = me
-        task.woken = True
+        task.begun = task.woken = True
         self.switch(me, task)
         while not me.woken:
             task = self.next_task()
@@ -622,13 +622,22 @@ cdef class Hub:
                 self.urgent = None
                 task.woken = True
                 return task
+            if self.beginning is not None:
+                task = self.beginning
+                self.beginning = None
+                task.begun = task.woken = True
+                return task
             if self.ready_in_turn:
                 self.ready_in_turn -= 1
                 task = self.pop_ready()
-                if not task.woken:
-                    task.woken = True
-                    return task
-                continue
+                if task.woken:
+                    continue
+                if not task.begun and self.current is not self.root:
+                    # A new greenlet counts its recursion from where it begins: the root's place.
+                    self.beginning = task
+                    return self.root
+                task.begun = task.woken = True
+                return task
             while self.next_event < self.event_count:
                 self.next_event += 1
                 task = self.dispatch(&self.events[self.next_event - 1])

@@ -50,6 +50,7 @@ class Task:
         self._queued = False
         self._timed_out = False
         self._ending = False
+        self._begun = False
 
     def _run(self) -> None:
         """Run requests, one after the other: the greenlet's life."""
@@ -145,7 +146,8 @@ class Hub:
         self.root = self._current = Task(self)
         self.root._greenlet = getcurrent()
         self.root._woken = True
-        self._urgent: Task | None = None
+        self._urgent: Task | None = None  # who is to go on before all others
+        self._beginning: Task | None = None  # who the root is to switch to
         self.register(self._wakeup_fd)
         _waiting.hubs.append(self)
 
@@ -256,7 +258,7 @@ class Hub:
             return
         me._woken = False
         self._urgent = me
-        task._woken = True
+        task._begun = task._woken = True
         self._switch(me, task)
         self._go_on(me)
         if me is self.root:
@@ -412,7 +414,9 @@ class Hub:
         waiting = watched.readers + watched.writers
         watched.readers.clear()
         watched.writers.clear()
-        if not self.stale:
+        if watched.for_root and fd != self._wakeup_fd:
+            self.unregister(fd)
+        elif not self.stale:
             self._update(fd, watched)
         for task in waiting:
             if threading.get_ident() == self.owner:
@@ -426,7 +430,7 @@ class Hub:
         before, watched.mask = watched.mask, wanted
         if wanted == before:
             return
-        if not wanted:
+        if not wanted and not watched.for_root:
             del self._watched[fd]
         try:
             if before:
@@ -487,12 +491,20 @@ class Hub:
                 task, self._urgent = self._urgent, None
                 task._woken = True
                 return task
+            if self._beginning is not None:
+                task, self._beginning = self._beginning, None
+                task._begun = task._woken = True
+                return task
             while self._ready_in_turn:
                 self._ready_in_turn -= 1
                 task = self._ready.popleft()
                 task._queued = False
                 if not task._woken:
-                    task._woken = True
+                    if not task._begun and self._current is not self.root:
+                        # A new greenlet counts its recursion from where it begins: the root's place.
+                        self._beginning = task
+                        return self.root
+                    task._begun = task._woken = True
                     return task
             # Those that become ready meanwhile have their turn after the next look at the kernel's.
             if not self._collect():
@@ -533,6 +545,7 @@ class Hub:
         """Wake those who wait for what has happened."""
         watched = self._watched.get(fd)
         if fd == self._wakeup_fd:
+            self._notified = True  # whatever its thread has seen meanwhile
             self._take_posted()
         elif watched is not None:
             if watched.for_root and mask & selectors.EVENT_READ and not watched.muted:
@@ -557,8 +570,9 @@ class Hub:
 
     def _take_posted(self) -> None:
         if self._notified:
-            self._notified = False
+            # In this order: what is posted in between is found below, or sets the wake-up again.
             self._wakeup.clear()
+            self._notified = False
         while self._posted:
             self.wake(self._posted.popleft())
 
