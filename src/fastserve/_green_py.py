@@ -322,6 +322,13 @@ def adopt(connection: socket.socket) -> None:
     _forget(_descriptor_of(connection))
 
 
+def end(connection: socket.socket) -> None:
+    """Shut a connection down and close it."""
+    with contextlib.suppress(OSError):  # the client has gone
+        connection.shutdown(socket.SHUT_WR)
+    connection.close()
+
+
 def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
     """Accept a connection that waits in the hub; return it and the address of the client."""
     fd, address = listener._accept()  # type: ignore[attr-defined]

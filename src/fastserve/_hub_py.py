@@ -244,6 +244,10 @@ class Hub:
         found, self._root_ready = self._root_ready, []
         return found
 
+    def wait_for_one(self, fd: int) -> bool:
+        """Wait endlessly; return whether ``fd`` is ready, and no other descriptor of the root."""
+        return self.wait() == [fd]
+
     # Tasks.
 
     def start(self, function: Callable[..., object], *arguments: Any) -> None:
