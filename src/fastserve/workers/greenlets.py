@@ -115,8 +115,7 @@ class GreenletMixIn(ThreadingMixIn):
             self.process_request_thread(request, client_address)
             return
         if type(request) in _PLAIN:
-            request.__class__ = _backend.green().Connection
-            request.settimeout(request.gettimeout())
+            _backend.green().adopt(request)
         if self.max_connections is None:
             hub.start(_process_request_greenlet(), self, request, client_address)
         else:
