@@ -28,7 +28,7 @@ class GreenletMixIn(ThreadingMixIn):
     _BaseServer__is_shut_down: Any = IsShutDown()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        serve = following(GreenletMixIn, self, "serve_forever")
+        serve = following(__class__, self, "serve_forever")  # type: ignore[name-defined]
         hub = _backend.hub().Hub()
         hub.server = self
         hub.enter()
@@ -51,7 +51,7 @@ class GreenletMixIn(ThreadingMixIn):
         hub.start(_handle, self, request, client_address)
 
     def get_request(self) -> Any:
-        get = following(GreenletMixIn, self, "get_request")
+        get = following(__class__, self, "get_request")  # type: ignore[name-defined]
         if get.__func__ in (TCPServer.get_request,) and type(self.socket) is socket.socket and _waiting.running() is not None:
             return _backend.green().accept(self.socket)
         return get()
