@@ -23,6 +23,7 @@ from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.streams import _SocketWriter  # noqa: F401
+from fastserve.tasks import create_connection, sleep, spawn, to_thread
 from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
 from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
@@ -42,9 +43,13 @@ __extensions__ = [
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
     "__version__",
+    "create_connection",
     "implementation",
     "patch",
     "patched",
+    "sleep",
+    "spawn",
+    "to_thread",
     "unpatch",
 ]
 
@@ -65,9 +70,13 @@ __all__ = [
     "ThreadingUDPServer",
     "UDPServer",
     "__version__",
+    "create_connection",
     "implementation",
     "patch",
     "patched",
+    "sleep",
+    "spawn",
+    "to_thread",
     "unpatch",
 ]
 

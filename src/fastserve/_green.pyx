@@ -215,15 +215,11 @@ def accept(listener):
 
 cdef object _adopt(object family, object type, object proto, int fd):
     """Return the connection of a descriptor that does not block."""
-    cdef Hub hub = running_hub()
     connection = Connection.__new__(Connection)
     _init_socket(connection, family, type, proto, fd)
     connection._io_refs = 0
     connection._closed = False
     forget(fd)
-    if hub is not None and family == AF_UNIX:
-        # A read of one ends where a message carries descriptors.
-        hub.slot_of(connection, fd).peculiar = True
     return connection
 
 

@@ -76,7 +76,7 @@ cdef class Hub:
     cdef bint watcher_sleeps
     cdef object watcher
     cdef readonly Py_ssize_t active
-    cdef readonly unsigned long long switches
+    cdef readonly unsigned long long progress  # grows whenever somebody goes on
     cdef readonly bint stale
     cdef int budget
     cdef readonly unsigned long owner
@@ -85,6 +85,7 @@ cdef class Hub:
     cdef Py_ssize_t corked
     cdef object cork_owner
     cdef public object server  # whose requests the tasks handle
+    cdef public object thread  # that runs it
 
     cdef Slot *slot_of(self, object connection, int fd) except NULL
     cdef void clear_slot(self, int fd)

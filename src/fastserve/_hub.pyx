@@ -21,7 +21,7 @@ from libc.string cimport memcpy, memset
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
-from fastserve._syscalls cimport close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send
+from fastserve._syscalls cimport AF_UNIX, close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send
 
 from greenlet import GreenletExit
 
@@ -48,6 +48,7 @@ cdef enum:
     POOLED = 512  # greenlets kept for later requests; each holds some 6 KiB
 
 cdef object _descriptor_of = _socket.socket.fileno
+cdef object _family_of = _socket.socket.family.__get__
 cdef object _timeout_of = _socket.socket.gettimeout
 # What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child, and
 # with them the connections of the parent.
@@ -210,7 +211,7 @@ cdef class Hub:
         self.root_fds.add(fd)
 
     def unregister(self, int fd):
-        if fd in self.root_fds:
+        if fd in self.root_fds and not self.stale:  # a forked child shares the epoll of its parent
             self.root_fds.remove(fd)
             self.muted.discard(fd)
             fs_watch(self.epoll, EPOLL_CTL_DEL, fd, 0, 0)  # it may have been closed: the kernel has forgotten it then
@@ -312,7 +313,7 @@ cdef class Hub:
                 task.killed = True
                 self.wake_task(task)
 
-    def clients(self):
+    def arguments(self):
         """Return the arguments of the tasks that run, for whoever looks from another thread."""
         cdef Task task = self.current
         return None if task is None else task.arguments
@@ -376,6 +377,8 @@ cdef class Hub:
         if self.slots[fd].owner != <void *>connection:
             self.clear_slot(fd)
             self.slots[fd].owner = <void *>connection
+            # A read of a Unix socket ends where a message carries descriptors.
+            self.slots[fd].peculiar = <int>_family_of(connection) == AF_UNIX
         return &self.slots[fd]
 
     cdef void clear_slot(self, int fd):
@@ -518,7 +521,7 @@ cdef class Hub:
     cdef int switch(self, Task me, Task target) except -1:
         cdef PyObject *result
         self.current = target
-        self.switches += 1
+        self.progress += 1
         try:
             result = PyGreenlet_Switch(<PyGreenlet *>target.greenlet, NULL, NULL)
             Py_DECREF(<object>result)
@@ -631,6 +634,7 @@ cdef class Hub:
         elif self.timer_count:
             left = (<Task>self.timers[0]).heap_deadline - now()
             milliseconds = 0 if left <= 0.0 else <int>ceil(left * 1000.0)
+        self.progress += 1
         self.idle = True
         with nogil:
             count = fs_epoll_wait(self.epoll, self.events, MAX_EVENTS, milliseconds)

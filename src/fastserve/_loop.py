@@ -400,11 +400,13 @@ STATE: Final = "_fastserve_state"  # the key in the server's __dict__
 class State:
     """What a server remembers of its loops. It is made lazily: ``__init__`` may have been mocked away."""
 
-    __slots__ = ("datagrams", "loops", "shut_down")
+    __slots__ = ("connections", "datagrams", "hubs", "loops", "shut_down")
 
     def __init__(self) -> None:
         self.loops: list[Loop | SelectorLoop] = []  # those that run, one for each thread in serve_forever
         self.shut_down = False  # whether shutdown() was ever called
+        self.hubs: list[Any] = []  # in which requests run in greenlets, one for each thread in serve_forever
+        self.connections = 0  # that run in greenlets, where their number is limited
         self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams
 
     @classmethod

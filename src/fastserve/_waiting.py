@@ -1,4 +1,4 @@
-"""How a descriptor is waited for: in the hub that runs in the calling thread, or, where none does, by its thread alone."""
+"""How a descriptor is waited for: in the hub of the calling thread, or, where none runs, by its thread alone."""
 
 from __future__ import annotations
 

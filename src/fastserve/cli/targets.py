@@ -12,7 +12,13 @@ from typing import Any, Final
 from fastserve.cli.arguments import UsageError
 
 # What --worker takes, and the beginning of the names of the predefined classes.
-WORKERS: Final = {"sync": "", "threads": "Threading", "threadpool": "ThreadPool", "fork": "Forking", "greenlet": "Greenlet"}
+WORKERS: Final = {
+    "sync": "",
+    "threads": "Threading",
+    "threadpool": "ThreadPool",
+    "fork": "Forking",
+    "greenlet": "Greenlet",
+}
 OUR_FILES: Final = os.path.join(os.path.dirname(__file__), "")
 
 

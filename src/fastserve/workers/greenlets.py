@@ -1,67 +1,232 @@
-"""A greenlet for each request, in one thread: blocking handlers, event-driven."""
+"""A greenlet for each request, all in one thread: handlers that block, served event-driven."""
 
 from __future__ import annotations
 
+import os
 import socket
 import socketserver
 import threading
-from typing import Any
+from typing import Any, Final
 
 from fastserve import _backend, _waiting
-from fastserve._loop import Loop, State, new_event
+from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
-from fastserve.workers._following import IsShutDown, following
+from fastserve.workers._following import IsShutDown, following, is_stdlib
+from fastserve.workers._watchdog import Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
 _std: Any = socketserver  # see server.py
 
-_SHUTDOWN_REQUEST = "_BaseServer__shutdown_request"
+TICK: Final = 0.05  # seconds between two looks at a hub, while another thread waits for its handlers
+
+_STDLIB_GET_REQUEST: Final = socketserver.TCPServer.get_request
 
 
 class GreenletMixIn(ThreadingMixIn):
+    """Handle each request in a greenlet: ``class Server(GreenletMixIn, TCPServer)``.
+
+    The handlers are those of a threading server, unchanged, and all of them run in the thread of
+    :meth:`serve_forever`. A handler that waits for its client (``recv``, ``rfile.readline``, a ``sendall`` that fills
+    the kernel's buffer) lets others go on; so do :func:`fastserve.sleep` and :func:`fastserve.to_thread`. Anything else
+    that blocks, such as ``time.sleep`` or the driver of a database, holds up all clients.
+
+    The loop comes with the mix-in, also on a server of the stdlib:
+    ``class Server(GreenletMixIn, http.server.HTTPServer)``. Where no ``serve_forever()`` runs, as in
+    ``handle_request()`` or under a loop of the program's own, a request is handled at once, as by a server without
+    mix-in. It needs the package greenlet: ``pip install "fastserve[greenlet]"``.
+
+    :cvar max_connections: requests that are handled at a time, at least 1; further connections wait in the kernel's
+        backlog. ``None``, the default, is unlimited.
+    :cvar slow_handler_seconds: seconds after which a handler that lets nobody else go on is reported, with its stack,
+        to the logger ``fastserve``; 0.1 by default, 0 never.
+    :cvar block_on_close: whether requests that still run when :meth:`serve_forever` is to end are waited for; ``True``
+        by default. Otherwise, and with ``daemon_threads``, they are ended: what they wait for raises ``GreenletExit``.
+    """
+
     max_connections: int | None = None
 
     slow_handler_seconds = 0.1
 
-    _BaseServer__shutdown_request = vars(BaseServer)[_SHUTDOWN_REQUEST]
+    _BaseServer__shutdown_request = vars(BaseServer)["_BaseServer__shutdown_request"]
 
     _BaseServer__is_shut_down: Any = IsShutDown()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Handle requests until :meth:`shutdown`: see :meth:`BaseServer.serve_forever`.
+
+        It then waits for the requests that still run, or ends them: :attr:`block_on_close`. When it ends with an
+        exception, such as ``KeyboardInterrupt``, :meth:`server_close` does that, in the same thread.
+
+        :raises ImportError: if greenlet is not installed.
+        :raises RuntimeError: in a handler that runs in a greenlet itself.
+        """
         serve = following(__class__, self, "serve_forever")  # type: ignore[name-defined]
-        hub = _backend.hub().Hub()
-        hub.server = self
-        hub.enter()
+        hub = _hub_of(self)
+        listener = _make_nonblocking(self)
+        watchdog = Watchdog(self, hub)
         try:
-            serve(poll_interval)
-            hub.drain()
+            hub.enter()
+            watchdog.start()
+            try:
+                serve(poll_interval)
+                _end_requests(self, hub)
+            except BaseException:
+                if not _waits_for_requests(self):
+                    _end_requests(self, hub)
+                raise
+            finally:
+                watchdog.stop()
+                hub.leave()
         finally:
-            hub.leave()
-            hub.end()
+            if not hub.stale:
+                if listener is not None and listener.fileno() >= 0:
+                    os.set_blocking(listener.fileno(), True)
+                _release(self, hub)
+
+    def shutdown(self) -> None:
+        """Stop :meth:`serve_forever`: see :meth:`BaseServer.shutdown`. Requests that run are not waited for here."""
+        following(__class__, self, "shutdown")()  # type: ignore[name-defined]
+
+    def handle_request(self) -> None:
+        """Handle one request to its end: see :meth:`BaseServer.handle_request`."""
+        following(__class__, self, "handle_request")()  # type: ignore[name-defined]
+
+    def _handle_request_noblock(self) -> None:
+        following(__class__, self, "_handle_request_noblock")()  # type: ignore[name-defined]
+
+    def get_request(self) -> Any:
+        """Accept a connection that lets others go on while it waits; an override that follows is called as it is."""
+        get_request = super().get_request  # type: ignore[misc]
+        if (
+            getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
+            and type(self.socket) is socket.socket  # type: ignore[attr-defined]
+            and _waiting.running() is not None
+        ):
+            return _backend.green().accept(self.socket)  # type: ignore[attr-defined]
+        return get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a greenlet handle the request: it begins at once, and the loop goes on when it waits for something.
+
+        Where no :meth:`serve_forever` runs in the calling thread it is handled to its end.
+        """
         hub = _waiting.running()
         if hub is None or hub.server is not self:
             self.process_request_thread(request, client_address)
             return
-        kind = type(request)
-        if kind is socket.socket or kind is _backend.streams.Connection:
+        if type(request) in _PLAIN:
             request.__class__ = _backend.green().Connection
             request.settimeout(request.gettimeout())
-        hub.start(_handle, self, request, client_address)
+        if self.max_connections is None:
+            hub.start(_handle, self, request, client_address)
+        else:
+            _start_counted(self, hub, request, client_address)
 
-    def get_request(self) -> Any:
-        get = following(__class__, self, "get_request")  # type: ignore[name-defined]
-        if get.__func__ in (TCPServer.get_request,) and type(self.socket) is socket.socket and _waiting.running() is not None:
-            return _backend.green().accept(self.socket)
-        return get()
+    def server_close(self) -> None:
+        """Close the server, and wait for the requests that run if :attr:`block_on_close` says so, else end them.
+
+        Called by a handler it does not wait.
+        """
+        super().server_close()
+        for hub in list(State.of(self).hubs):
+            if hub is _waiting.running():
+                continue
+            if hub.owner == threading.get_ident():
+                hub.enter()
+                try:
+                    _end_requests(self, hub)
+                finally:
+                    hub.leave()
+                    _release(self, hub)
+            elif _waits_for_requests(self):
+                while hub.active and hub.thread.is_alive():
+                    hub.thread.join(TICK)
+
+
+_PLAIN: Final = frozenset({socket.socket, _backend.streams.Connection})
+
+
+def _hub_of(server: Any) -> Any:
+    """Return the hub for a ``serve_forever`` of the calling thread: one that was left with requests, or a new one."""
+    if _waiting.running() is not None:
+        raise RuntimeError("serve_forever() was called by a handler that runs in a greenlet: it would never go on")
+    hubs = State.of(server).hubs
+    for hub in hubs:
+        if hub.owner == threading.get_ident():
+            return hub
+    hub = _backend.hub().Hub()
+    hub.server = server
+    hub.thread = threading.current_thread()
+    hubs.append(hub)
+    return hub
+
+
+def _release(server: Any, hub: Any) -> None:
+    """Release what a hub holds, unless requests are left in it."""
+    if not hub.active:
+        State.of(server).hubs.remove(hub)
+        hub.end()
+
+
+def _make_nonblocking(server: Any) -> socket.socket | None:
+    """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
+    listener = server.socket
+    if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
+        return None
+    if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
+        return None
+    os.set_blocking(listener.fileno(), False)
+    return listener
+
+
+def _waits_for_requests(server: Any) -> bool:
+    return bool(server.block_on_close and not server.daemon_threads)
+
+
+def _end_requests(server: Any, hub: Any) -> None:
+    """Wait for the requests of a hub, or end them."""
+    if not _waits_for_requests(server):
+        hub.kill()
+    hub.drain()
 
 
 def _handle(server: Any, request: Any, client_address: Any) -> None:
+    """Handle a request in its greenlet. What comes out of it beside an ``Exception`` ends ``serve_forever()``."""
     try:
         server.process_request_thread(request, client_address)
-    except Exception as error:
-        threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    except Exception as error:  # of handle_error or shutdown_request: a thread would be ended by it, and say so
+        hook = _std.threading.excepthook
+        hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    except SystemExit:
+        if threading.current_thread() is threading.main_thread():
+            raise  # most likely a signal handler's, which runs in whatever the main thread is doing
+
+
+def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> None:
+    """Start a request, and leave the listener alone while there are as many as there may be."""
+    limit = server.max_connections
+    if limit < 1:
+        raise ValueError("max_connections must be greater than 0")
+    state = State.of(server)
+    loop = state.own_loop()
+
+    def handle() -> None:
+        try:
+            _handle(server, request, client_address)
+        finally:
+            state.connections -= 1
+            if isinstance(loop, Loop) and state.connections < limit:
+                loop.resume()
+
+    state.connections += 1
+    hub.start(handle)
+    if isinstance(loop, Loop) and state.connections >= limit:
+        loop.hold()
+
+
+if is_stdlib(socketserver.BaseServer.service_actions):
+    # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
+    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
 
 
 class GreenletTCPServer(GreenletMixIn, TCPServer):

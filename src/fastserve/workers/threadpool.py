@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import socket
 import socketserver
-import threading
 import time
 import weakref
-from types import MethodType
 from typing import Any, Final
 
 from fastserve import datagrams, pollers
-from fastserve._loop import Loop, State, new_event, quiet_service_actions
+from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
+from fastserve.workers._following import IsShutDown, following, is_stdlib
 from fastserve.workers._pool import Limits, Pool, default_workers
 from fastserve.workers.threads import ThreadingMixIn
 
@@ -20,33 +19,6 @@ POOL: Final = "_fastserve_pool"  # the key in the server's __dict__
 TICK: Final = 0.05  # seconds between two looks at the flag, while a loop's thread waits inside process_request()
 
 _SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
-_IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
-
-
-def _is_stdlib(function: Any) -> bool:
-    """Return whether ``socketserver`` itself defines a function."""
-    return getattr(function, "__globals__", None) is vars(socketserver)
-
-
-class _IsShutDown:
-    """``_BaseServer__is_shut_down``: the event that a server of the stdlib makes for it becomes one of ours.
-
-    Ours knows whether it is going to be set, so that ``shutdown()`` does not wait for what never comes.
-    """
-
-    def __get__(self, server: Any, owner: type | None = None) -> Any:
-        if server is not None and _IS_SHUT_DOWN in server.__dict__:
-            return server.__dict__[_IS_SHUT_DOWN]
-        return getattr(super(ThreadPoolMixIn, server or owner), _IS_SHUT_DOWN)
-
-    def __set__(self, server: Any, value: Any) -> None:
-        is_first = _IS_SHUT_DOWN not in server.__dict__ and type(value) is threading.Event and not value.is_set()
-        server.__dict__[_IS_SHUT_DOWN] = new_event() if is_first else value
-
-    def __delete__(self, server: Any) -> None:
-        if _IS_SHUT_DOWN not in server.__dict__:
-            raise AttributeError(_IS_SHUT_DOWN)
-        del server.__dict__[_IS_SHUT_DOWN]
 
 
 class ThreadPoolMixIn(ThreadingMixIn):
@@ -77,7 +49,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
 
     _BaseServer__shutdown_request = vars(BaseServer)[_SHUTDOWN_REQUEST]
 
-    _BaseServer__is_shut_down: Any = _IsShutDown()
+    _BaseServer__is_shut_down: Any = IsShutDown()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Queue the request for :meth:`process_request_thread`, in one of the threads. The loop's thread calls it.
@@ -113,19 +85,19 @@ class ThreadPoolMixIn(ThreadingMixIn):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Handle requests until :meth:`shutdown`: see :meth:`BaseServer.serve_forever`."""
-        _following(self, "serve_forever")(poll_interval)
+        following(ThreadPoolMixIn, self, "serve_forever")(poll_interval)
 
     def shutdown(self) -> None:
         """Stop :meth:`serve_forever`: see :meth:`BaseServer.shutdown`. Queued requests are still done."""
-        _following(self, "shutdown")()
+        following(ThreadPoolMixIn, self, "shutdown")()
 
     def handle_request(self) -> None:
         """Wait for a place and a request, both in :attr:`timeout` seconds: see :meth:`BaseServer.handle_request`."""
-        following = _following(self, "handle_request")
+        handle_request = following(ThreadPoolMixIn, self, "handle_request")
         pool = _pool_of(self)
         limits = _limits(self, pool)
-        if following.__func__ is not BaseServer.handle_request or not pool.is_full(limits):
-            following()
+        if handle_request.__func__ is not BaseServer.handle_request or not pool.is_full(limits):
+            handle_request()
             return
         timeout = request_timeout(self)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -137,13 +109,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
         self.handle_timeout()  # type: ignore[attr-defined]
 
     def _handle_request_noblock(self) -> None:
-        _following(self, "_handle_request_noblock")()
-
-
-def _following(server: Any, name: str) -> Any:
-    """Return the bound method of the loop that comes after the mix-in's, with ours in the place of the stdlib's."""
-    method = getattr(super(ThreadPoolMixIn, server), name)
-    return MethodType(getattr(BaseServer, name), server) if _is_stdlib(getattr(method, "__func__", None)) else method
+        following(ThreadPoolMixIn, self, "_handle_request_noblock")()
 
 
 def _pool_of(server: Any) -> Pool:
@@ -181,7 +147,7 @@ def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
             return
 
 
-if _is_stdlib(socketserver.BaseServer.service_actions):
+if is_stdlib(socketserver.BaseServer.service_actions):
     # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
     quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
 

@@ -1,0 +1,88 @@
+"""Who tells of a handler that holds up all others of its loop."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Final
+
+REPORT_GAP: Final = 1.0  # seconds between two reports, at least
+
+logger: Final = logging.getLogger("fastserve")
+
+
+class Watchdog:
+    """A thread that looks at a hub now and then, and reports who has run since the look before.
+
+    It sleeps as long as the hub does. The thread that serves calls the methods.
+    """
+
+    def __init__(self, server: Any, hub: Any) -> None:
+        self._server = server
+        self._hub = hub
+        self._seconds: float = server.slow_handler_seconds
+        self._stopped = False
+        self._event = threading.Event()  # the hub is at work again, or the watch is over
+        self._thread: threading.Thread | None = None
+        self._reported = -REPORT_GAP  # time.monotonic()
+
+    def start(self) -> None:
+        """Begin to look, unless the server does not want it."""
+        if self._seconds > 0:
+            self._thread = threading.Thread(target=self._run, name="fastserve watchdog", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and wait for that."""
+        self._stopped = True
+        self._event.set()
+        if self._thread is not None and not self._hub.stale:  # a forked child has no such thread
+            self._thread.join()
+
+    def _run(self) -> None:
+        hub = self._hub
+        seen = -1
+        since = 0.0
+        while not self._stopped:
+            if hub.idle:
+                self._event.clear()
+                hub.watch(self._event)
+                if hub.idle and not self._stopped:
+                    self._event.wait()
+                continue
+            now = time.monotonic()
+            if hub.progress != seen:
+                seen = hub.progress
+                since = now
+            elif now - since >= self._seconds and seen >= 0:
+                self._report(seen, now - since)
+                seen = -1 if hub.progress != seen else seen
+                since = float("inf")  # once for each time
+            self._event.clear()
+            if not self._stopped:
+                self._event.wait(self._seconds / 2)
+
+    def _report(self, progress: int, seconds: float) -> None:
+        """Tell who holds the loop, unless something was told a moment ago."""
+        now = time.monotonic()
+        if now - self._reported < REPORT_GAP:
+            return
+        frame = sys._current_frames().get(self._hub.owner)
+        arguments = self._hub.arguments()
+        if frame is None or self._hub.progress != progress:
+            return  # it has let go this moment
+        self._reported = now
+        if arguments and len(arguments) == 3 and arguments[0] is self._server:
+            handler = self._server.RequestHandlerClass
+            who = f"the handler {getattr(handler, '__qualname__', handler)} of {arguments[2]!r}"
+        else:
+            who = f"something in the loop of {type(self._server).__name__}"
+        logger.warning(
+            "%s has let no other client go on for %.2f seconds:\n%s",
+            who,
+            seconds,
+            "".join(traceback.format_stack(frame)).rstrip(),
+        )
