@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from fastserve import _backend, _waiting, handlers, server
 from fastserve._loop import make_all_tick
-from fastserve.workers import forking, greenlets, threadpool, threads
+from fastserve.workers import _reuse, forking, greenlets, threadpool, threads
 
 Threading = Literal["thread", "greenlet"]
 
@@ -130,19 +130,25 @@ def _greenlet_functions(of_threads: dict[str, Any]) -> dict[str, Any]:
     """
     of_greenlets = _replacements(greenlets.GreenletMixIn, _MIXIN)
     of_greenlets.pop(server._SHUTDOWN_REQUEST)  # that of BaseServer, which was exchanged, is found
-    in_thread, in_greenlet = of_threads["process_request"], of_greenlets["process_request"]
+    in_thread, close = of_threads["process_request"], of_greenlets["server_close"]
 
-    @functools.wraps(in_greenlet)
+    @functools.wraps(of_greenlets["process_request"])
     def process_request(self: Any, request: Any, client_address: Any) -> None:
         hub = _waiting.running()
         if hub is not None and hub.server is self:
-            in_greenlet(self, request, client_address)
+            greenlets.start(hub, self, request, client_address)
         else:  # handle_request(), a loop of the program's own, or one that began before the patch
             in_thread(self, request, client_address)
 
+    @functools.wraps(close)
+    def server_close(self: Any) -> None:
+        close(self)
+        self._threads.join()
+        _reuse.end_idle_threads()
+
     for name in of_greenlets.keys() - of_threads.keys() - {"get_request"}:
         of_greenlets[name] = _unless_asked_otherwise(of_greenlets[name])
-    return of_threads | of_greenlets | {"process_request": process_request}
+    return of_threads | of_greenlets | {"process_request": process_request, "server_close": server_close}
 
 
 def _unless_asked_otherwise(function: FunctionType) -> Callable[..., Any]:

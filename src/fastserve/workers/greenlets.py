@@ -12,7 +12,7 @@ from fastserve import _backend, _waiting
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following, is_stdlib
-from fastserve.workers._watchdog import Watchdog
+from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
 _std: Any = socketserver  # see server.py
@@ -45,7 +45,7 @@ class GreenletMixIn(ThreadingMixIn):
 
     max_connections: int | None = None
 
-    slow_handler_seconds = 0.1
+    slow_handler_seconds = SLOW_HANDLER_SECONDS
 
     _BaseServer__shutdown_request = vars(BaseServer)["_BaseServer__shutdown_request"]
 
@@ -114,11 +114,8 @@ class GreenletMixIn(ThreadingMixIn):
         if hub is None or hub.server is not self:
             self.process_request_thread(request, client_address)
             return
-        if type(request) in _PLAIN:
-            request.__class__ = _backend.green().Connection
-            request.settimeout(request.gettimeout())
         if self.max_connections is None:
-            hub.start(_handle, self, request, client_address)
+            start(hub, self, request, client_address)
         else:
             _start_counted(self, hub, request, client_address)
 
@@ -170,7 +167,7 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener = server.socket
+    listener = getattr(server, "socket", None)
     if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
@@ -188,6 +185,18 @@ def _end_requests(server: Any, hub: Any) -> None:
     if not _waits_for_requests(server):
         hub.kill()
     hub.drain()
+
+
+def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
+    """Have a greenlet of the hub handle a request."""
+    _make_cooperative(request)
+    hub.start(_handle, server, request, client_address)
+
+
+def _make_cooperative(request: Any) -> None:
+    if type(request) in _PLAIN:
+        request.__class__ = _backend.green().Connection
+        request.settimeout(request.gettimeout())
 
 
 def _handle(server: Any, request: Any, client_address: Any) -> None:
@@ -218,6 +227,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
             if isinstance(loop, Loop) and state.connections < limit:
                 loop.resume()
 
+    _make_cooperative(request)
     state.connections += 1
     hub.start(handle)
     if isinstance(loop, Loop) and state.connections >= limit:
