@@ -29,6 +29,7 @@ QUICK = 20.0  # seconds; a bound for a busy machine, below the time for which a 
 SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 
 WORKERS = [
+    "greenlet",
     "sync",
     "threads",
     "threadpool",
@@ -63,6 +64,12 @@ class Pid(fastserve.BaseRequestHandler):
         self.request.sendall(b"%d\\n" % os.getpid())
         self.request.recv(1)
 
+class Sleeping(fastserve.BaseRequestHandler):
+    def handle(self):
+        import time
+        self.request.sendall(b"asleep")
+        time.sleep(3600)
+
 class Options(fastserve.BaseRequestHandler):
     def handle(self):
         names = "request_queue_size", "allow_reuse_address"
@@ -71,6 +78,11 @@ class Options(fastserve.BaseRequestHandler):
 class Workers(fastserve.BaseRequestHandler):
     def handle(self):
         self.request.sendall(repr(self.server.max_workers).encode())
+
+class Connections(fastserve.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(repr(self.server.max_connections).encode())
+        self.request.recv(1)
 
 not_callable = 3
 """
@@ -117,7 +129,9 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     """Read the line that tells the address, from the pipe that is the server's standard output."""
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork)\); Ctrl-C stops\n", line)
+    found = re.fullmatch(
+        r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork|greenlet)\); Ctrl-C stops\n", line
+    )
     assert found, (line, server.stderr.read() if not line else "")
     return found[1]
 
@@ -198,6 +212,12 @@ def test_version() -> None:
         ("run", "fastserve run", "SCRIPT is required"),
         ("run --nope", "fastserve run", "--nope"),
         ("run -m", "fastserve run", "-m"),
+        ("run --worker", "fastserve run", "--worker"),
+        ("run --worker greenlet", "fastserve run", "MODULE or a SCRIPT"),
+        ("run --worker sync handlers.py", "fastserve run", "'sync'"),
+        ("run --worker=nope -m handlers", "fastserve run", "'nope'"),
+        ("run --worker greenlet -m", "fastserve run", "-m"),
+        ("run --worker greenlet -m nope", "fastserve run", "No module named nope"),
         ("run nope.py", "fastserve run", "nope.py': No such file"),
         ("run -m nope", "fastserve run", "No module named nope"),
         ("run -m nope.more", "fastserve run", "'nope.more'"),
@@ -221,6 +241,8 @@ def test_version() -> None:
         ("serve handlers:Lines --worker nope", "fastserve serve", "'nope'"),
         ("serve handlers:Lines --max-workers 2", "fastserve serve", "--worker threadpool"),
         ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
+        ("serve handlers:Lines --max-connections 2", "fastserve serve", "--worker greenlet"),
+        ("serve handlers:Lines --worker greenlet --max-connections 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),
@@ -599,6 +621,50 @@ def test_max_workers_is_that_of_the_pool(here: Path, options: list[str], expecte
     arguments = ["handlers:Workers", "--bind", "127.0.0.1:0", "--worker", "threadpool", *options]
     with started("serve", *arguments) as server, connect(address_of(server)) as client:
         assert client.recv(100) == expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], b"None"), (["--max-connections", "2"], b"2")])
+def test_max_connections_is_that_of_the_greenlets(here: Path, options: list[str], expected: bytes) -> None:
+    arguments = ["handlers:Connections", "--bind", "127.0.0.1:0", "--worker", "greenlet", *options]
+    with started("serve", *arguments) as server:
+        address = address_of(server)
+        with connect(address) as first, connect(address) as second, connect(address) as third:
+            assert first.recv(100) == second.recv(100) == expected
+            if options:
+                third.settimeout(0.1)
+                with pytest.raises(TimeoutError):
+                    third.recv(100)
+                third.settimeout(60)
+                first.close()
+            assert third.recv(100) == expected
+        stop(server)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path, signum: int) -> None:
+    with started("serve", "handlers:Sleeping", "--bind", "127.0.0.1:0", "--worker", "greenlet") as server:
+        with connect(address_of(server)) as client:
+            assert client.recv(100) == b"asleep"
+            server.send_signal(signum)
+            assert server.wait(QUICK) == 0
+            assert "Traceback" not in server.stderr.read()
+
+
+NO_GREENLET = "import sys; sys.modules['greenlet'] = None; from fastserve.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve handlers:Lines --worker greenlet",
+        "run --worker greenlet -m http.server 0",
+        "run --worker=greenlet handlers.py",
+        "bench handlers:Lines --worker greenlet",
+    ],
+)
+def test_without_greenlet_one_line_names_the_extra_and_the_status_is_2(here: Path, arguments: str) -> None:
+    failed = run([sys.executable, "-c", NO_GREENLET, *arguments.split()])
+    assert_refused(failed, f"fastserve {arguments.split()[0]}", 'pip install "fastserve[greenlet]"')
 
 
 @pytest.mark.parametrize("worker", WORKERS)

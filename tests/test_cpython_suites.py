@@ -19,7 +19,9 @@ SCRIPT = Path(__file__).with_name("cpython_suites.py")
 # How fastserve is put in place and which twin serves are independent of each other: three of the four combinations
 # show both.
 COMBINATIONS = (
-    [("c", "module"), ("c", "patch"), ("py", "module")] if "c" in TWINS else [("py", "module"), ("py", "patch")]
+    [("c", "module"), ("c", "patch"), ("c", "greenlets"), ("py", "module")]
+    if "c" in TWINS
+    else [("py", "module"), ("py", "patch")]
 )
 TIME_LIMIT = 900  # seconds
 
