@@ -86,6 +86,7 @@ cdef class Hub:
     cdef object cork_owner
     cdef public object server  # whose requests the tasks handle
     cdef public object thread  # that runs it
+    cdef public object executor  # of tasks.to_thread()
 
     cdef Slot *slot_of(self, object connection, int fd) except NULL
     cdef void clear_slot(self, int fd)

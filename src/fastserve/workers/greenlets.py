@@ -162,6 +162,8 @@ def _release(server: Any, hub: Any) -> None:
     """Release what a hub holds, unless requests are left in it."""
     if not hub.active:
         State.of(server).hubs.remove(hub)
+        if hub.executor is not None:
+            hub.executor.shutdown(wait=False)
         hub.end()
 
 
