@@ -46,8 +46,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "serve datagrams, UDP or of a Unix socket (default: connections)"
     parser.add_argument("--udp", action="store_true", help=help)
     help = "what runs the handler: sync, the loop itself, one request after the other; threads, a thread for each \
-        request; threadpool, a limited number of threads; fork, a child process for each; greenlet, a greenlet for each, all in \
-        one thread (default: %(default)s)"
+        request; threadpool, a limited number of threads; fork, a child process for each; greenlet, a greenlet for \
+        each, all in one thread (default: %(default)s)"
     parser.add_argument("--worker", choices=WORKERS, default="threads", help=help)
     help = f"threads, with --worker threadpool (default here: {default_workers()})"
     parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
