@@ -187,6 +187,13 @@ static inline int fs_sendmmsg(int fd, fs_mmsghdr *messages, unsigned int count)
 #endif
 }
 
+/* End a connection: the other side sees the end even where another process has the descriptor too. */
+static inline int fs_shutdown_and_close(int fd)
+{
+    shutdown(fd, SHUT_WR);  /* ENOTCONN: the other side is gone already */
+    return close(fd) < 0 && errno != ECONNRESET ? -errno : 0;
+}
+
 static inline int fs_is_closed(int fd)
 {
     return fcntl(fd, F_GETFD) < 0;

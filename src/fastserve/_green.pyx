@@ -9,46 +9,27 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.string cimport memchr, memcpy, memset
 
 from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, forget, running_hub, send_all
+from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, sockaddr, sockaddr_storage, socklen_t,
 )
 
 cdef extern from "_hub.h" nogil:
     int fs_accept_nonblocking(int, sockaddr *, socklen_t *)
-    int fs_descriptor_of(PyObject *)
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _PyConnection = _green_py.Connection
 cdef object _init_socket = _socket.socket.__init__
 cdef object _close = _socket.socket.close
-cdef object _descriptor_method = _socket.socket.fileno
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _type_of = _socket.socket.type.__get__
 cdef object _proto_of = _socket.socket.proto.__get__
-cdef object _timeout_of = _socket.socket.gettimeout
-
-
-cdef bint _layout_is_known():
-    """Return whether the descriptor of a socket is where this module looks for it."""
-    with _plain_socket() as probe:
-        if fs_descriptor_of(<PyObject *>probe) != <int>probe.fileno():
-            return False
-    return fs_descriptor_of(<PyObject *>probe) == -1
-
-
-cdef bint _look_inside = _layout_is_known()
-
-
-cdef inline int descriptor_of(object connection) except -2:
-    return fs_descriptor_of(<PyObject *>connection) if _look_inside else <int>_descriptor_method(connection)
 
 
 cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room) except -1:

@@ -102,6 +102,7 @@ cdef extern from "_compat.h" nogil:
     int fs_select(int, const fd_set *, fd_set *, int)
     int fs_recvmmsg(int, fs_mmsghdr *, unsigned int, int *)
     int fs_sendmmsg(int, fs_mmsghdr *, unsigned int)
+    int fs_shutdown_and_close(int)
     int fs_is_closed(int)
     int fs_write(int, const void *, size_t)
     int fs_read(int, void *, size_t)

@@ -202,15 +202,18 @@ def _make_cooperative(request: Any) -> None:
 
 
 def _handle(server: Any, request: Any, client_address: Any) -> None:
-    """Handle a request in its greenlet. What comes out of it beside an ``Exception`` ends ``serve_forever()``."""
+    """Handle a request in its greenlet. What comes out of it ends the request, as it would end a thread, and is told."""
     try:
         server.process_request_thread(request, client_address)
-    except Exception as error:  # of handle_error or shutdown_request: a thread would be ended by it, and say so
+    except BaseException as error:
+        from greenlet import GreenletExit  # there is no greenlet without it, and no need for it elsewhere
+
+        if isinstance(error, GreenletExit):
+            raise
+        if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+            raise  # most likely a signal handler's, which runs in whatever the main thread is doing: it ends the loop
         hook = _std.threading.excepthook
         hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
-    except SystemExit:
-        if threading.current_thread() is threading.main_thread():
-            raise  # most likely a signal handler's, which runs in whatever the main thread is doing
 
 
 def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> None:
