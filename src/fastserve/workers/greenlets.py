@@ -211,7 +211,11 @@ def _handle(server: Any, request: Any, client_address: Any) -> None:
         if isinstance(error, GreenletExit):
             raise
         if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
-            raise  # most likely a signal handler's, which runs in whatever the main thread is doing: it ends the loop
+            # Most likely a signal handler's, which runs in whatever the main thread is doing, such as closing this
+            # request. It ends the loop.
+            if isinstance(request, socket.socket):
+                request.close()
+            raise
         hook = _std.threading.excepthook
         hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
 
