@@ -90,6 +90,7 @@ cdef extern from "_compat.h" nogil:
     uint32_t htonl(uint32_t)
     int inet_pton(int, const char *, void *)
     const char *inet_ntop(int, const void *, char *, socklen_t)
+    void fs_ipv4_text(const void *, char *)
     int close_descriptor "close"(int)
 
     int fs_accept(int, sockaddr *, socklen_t *)

@@ -91,10 +91,8 @@ def patch(threading: Threading | None = None) -> None:
                     _exchange(theirs, _replacements(ours, theirs), _exchanged)
         if _threading != (chosen := threading or _threading or "thread"):
             _take_back(_exchanged_in_mixin)
-            functions = _replacements(threads.ThreadingMixIn, _MIXIN)
-            if chosen == "greenlet":
-                functions = _greenlet_functions(functions)
-            _exchange(_MIXIN, functions, _exchanged_in_mixin)
+            of_threads = _replacements(threads.ThreadingMixIn, _MIXIN)
+            _exchange(_MIXIN, of_threads if chosen == "thread" else _greenlet_functions(), _exchanged_in_mixin)
             _threading = chosen
 
 
@@ -123,11 +121,10 @@ def _exchange(theirs: type, replacements: dict[str, Any], exchanged: list[tuple[
             exchanged.append((theirs, name, original, replacement))
 
 
-def _greenlet_functions(of_threads: dict[str, Any]) -> dict[str, Any]:
-    """Return what is to stand in the stdlib's mix-in for requests to run in greenlets.
-
-    :param of_threads: what stands there for threads.
-    """
+@functools.cache
+def _greenlet_functions() -> dict[str, Any]:
+    """Return what is to stand in the stdlib's mix-in for requests to run in greenlets."""
+    of_threads = _replacements(threads.ThreadingMixIn, _MIXIN)
     of_greenlets = _replacements(greenlets.GreenletMixIn, _MIXIN)
     of_greenlets.pop(server._SHUTDOWN_REQUEST)  # that of BaseServer, which was exchanged, is found
     in_thread, close = of_threads["process_request"], of_greenlets["server_close"]
@@ -148,6 +145,8 @@ def _greenlet_functions(of_threads: dict[str, Any]) -> dict[str, Any]:
 
     for name in of_greenlets.keys() - of_threads.keys() - {"get_request"}:
         of_greenlets[name] = _unless_asked_otherwise(of_greenlets[name])
+    if _backend.turns is not None:
+        _backend.turns.know({}, {of_greenlets["_handle_request_noblock"], of_greenlets["get_request"]})
     return of_threads | of_greenlets | {"process_request": process_request, "server_close": server_close}
 
 

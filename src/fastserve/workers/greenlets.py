@@ -140,6 +140,8 @@ class GreenletMixIn(ThreadingMixIn):
                     hub.thread.join(TICK)
 
 
+_PROCESS_REQUEST: Final = GreenletMixIn.process_request
+
 _PLAIN: Final = frozenset({socket.socket, _backend.streams.Connection})
 
 
@@ -152,6 +154,9 @@ def _hub_of(server: Any) -> Any:
         if hub.owner == threading.get_ident():
             return hub
     hub = _backend.hub().Hub()
+    if _backend.turns is not None:
+        green = _backend.green()
+        _backend.turns.know_greenlets(type(hub), green.Connection, green.accept, green.end, _ended_by, _PROCESS_REQUEST)
     hub.server = server
     hub.thread = threading.current_thread()
     hubs.append(hub)
@@ -192,7 +197,7 @@ def _end_requests(server: Any, hub: Any) -> None:
 def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
     """Have a greenlet of the hub handle a request."""
     _make_cooperative(request)
-    hub.start(_handle, server, request, client_address)
+    hub.start(_process_request_greenlet(), server, request, client_address)
 
 
 def _make_cooperative(request: Any) -> None:
@@ -201,23 +206,37 @@ def _make_cooperative(request: Any) -> None:
         request.settimeout(request.gettimeout())
 
 
-def _handle(server: Any, request: Any, client_address: Any) -> None:
+def _process_request_greenlet() -> Any:
+    """Return what handles a request in its greenlet."""
+    if _backend.turns is None:
+        return process_request_greenlet
+    return _backend.turns.process_request_greenlet
+
+
+def process_request_greenlet(server: Any, request: Any, client_address: Any) -> None:
     """Handle a request in its greenlet. What comes out of it ends the request, as it would end a thread, and is told."""
     try:
         server.process_request_thread(request, client_address)
     except BaseException as error:
-        from greenlet import GreenletExit  # there is no greenlet without it, and no need for it elsewhere
+        _ended_by(error, request)
 
-        if isinstance(error, GreenletExit):
-            raise
-        if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
-            # Most likely a signal handler's, which runs in whatever the main thread is doing, such as closing this
-            # request. It ends the loop.
-            if isinstance(request, socket.socket):
-                request.close()
-            raise
-        hook = _std.threading.excepthook
-        hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+
+def _ended_by(error: BaseException, request: Any) -> None:
+    """Deal with what has come out of a request, and would have ended its thread.
+
+    In the main thread what is no ``Exception`` ends ``serve_forever()``, and is raised again: most likely it is of a
+    signal handler, which runs in whatever the main thread is doing, such as closing this request.
+    """
+    from greenlet import GreenletExit  # there is no greenlet without it, and no need for it elsewhere
+
+    if isinstance(error, GreenletExit):
+        raise error
+    if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+        if isinstance(request, socket.socket):
+            request.close()
+        raise error
+    hook = _std.threading.excepthook
+    hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
 
 
 def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> None:
@@ -230,7 +249,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
 
     def handle() -> None:
         try:
-            _handle(server, request, client_address)
+            _process_request_greenlet()(server, request, client_address)
         finally:
             state.connections -= 1
             if isinstance(loop, Loop) and state.connections < limit:
@@ -242,6 +261,9 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
     if isinstance(loop, Loop) and state.connections >= limit:
         loop.hold()
 
+
+if _backend.turns is not None:
+    _backend.turns.know({}, {GreenletMixIn._handle_request_noblock, GreenletMixIn.get_request})
 
 if is_stdlib(socketserver.BaseServer.service_actions):
     # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
