@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import py_compile
 import re
@@ -28,8 +29,9 @@ MODULE = [sys.executable, "-m", "fastserve"]
 QUICK = 20.0  # seconds; a bound for a busy machine, below the time for which a client waits
 SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 
+NEEDS_GREENLET = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed")
 WORKERS = [
-    "greenlet",
+    pytest.param("greenlet", marks=NEEDS_GREENLET),
     "sync",
     "threads",
     "threadpool",
@@ -217,7 +219,7 @@ def test_version() -> None:
         ("run --worker sync handlers.py", "fastserve run", "'sync'"),
         ("run --worker=nope -m handlers", "fastserve run", "'nope'"),
         ("run --worker greenlet -m", "fastserve run", "-m"),
-        ("run --worker greenlet -m nope", "fastserve run", "No module named nope"),
+        pytest.param("run --worker greenlet -m nope", "fastserve run", "No module named nope", marks=NEEDS_GREENLET),
         ("run nope.py", "fastserve run", "nope.py': No such file"),
         ("run -m nope", "fastserve run", "No module named nope"),
         ("run -m nope.more", "fastserve run", "'nope.more'"),
@@ -623,6 +625,7 @@ def test_max_workers_is_that_of_the_pool(here: Path, options: list[str], expecte
         assert client.recv(100) == expected
 
 
+@NEEDS_GREENLET
 @pytest.mark.parametrize(("options", "expected"), [([], b"None"), (["--max-connections", "2"], b"2")])
 def test_max_connections_is_that_of_the_greenlets(here: Path, options: list[str], expected: bytes) -> None:
     arguments = ["handlers:Connections", "--bind", "127.0.0.1:0", "--worker", "greenlet", *options]
@@ -640,6 +643,7 @@ def test_max_connections_is_that_of_the_greenlets(here: Path, options: list[str]
         stop(server)
 
 
+@NEEDS_GREENLET
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path, signum: int) -> None:
     with started("serve", "handlers:Sleeping", "--bind", "127.0.0.1:0", "--worker", "greenlet") as server:
@@ -648,6 +652,18 @@ def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path
             server.send_signal(signum)
             assert server.wait(QUICK) == 0
             assert "Traceback" not in server.stderr.read()
+
+
+@NEEDS_GREENLET
+@pytest.mark.parametrize("option", ["--worker greenlet", "--worker=greenlet", "--worker threads --worker=greenlet"])
+def test_run_with_greenlets_leaves_the_programs_arguments_alone(here: Path, option: str) -> None:
+    source = "import sys, fastserve; print(sys.argv[1:], bool(fastserve.patched('greenlet')))"
+    (here / "program.py").write_text(source)
+    for program in ["program.py"], ["-m", "program"], ["--", "program.py"]:
+        shown = cli("run", *option.split(), *program, "--worker", "sync", "--help")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert shown.stdout == "['--worker', 'sync', '--help'] True\n"
+    assert cli("run", "program.py", *option.split()).stdout == f"{option.split()} False\n"
 
 
 NO_GREENLET = "import sys; sys.modules['greenlet'] = None; from fastserve.cli import main; sys.exit(main())"
@@ -665,6 +681,12 @@ NO_GREENLET = "import sys; sys.modules['greenlet'] = None; from fastserve.cli im
 def test_without_greenlet_one_line_names_the_extra_and_the_status_is_2(here: Path, arguments: str) -> None:
     failed = run([sys.executable, "-c", NO_GREENLET, *arguments.split()])
     assert_refused(failed, f"fastserve {arguments.split()[0]}", 'pip install "fastserve[greenlet]"')
+
+
+def test_info_says_why_there_are_no_greenlets(here: Path) -> None:
+    shown = run([sys.executable, "-c", NO_GREENLET, "info"])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert re.search(r"^greenlets: +not available \(.*greenlet.*\)$", shown.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("worker", WORKERS)
@@ -756,6 +778,7 @@ def test_info_tells_what_is_here(here: Path) -> None:
     found = facts()
     assert found["fastserve"] == fastserve.__version__
     assert found["implementation"].split()[0] == fastserve.implementation
+    assert re.fullmatch(r"c|py|not available \(.+\)", found["greenlets"])
     assert found["poller"] == pollers.poller_name()
     assert found["python"].split()[1] == sys.version.split()[0]
     assert "GIL" in found["python"]

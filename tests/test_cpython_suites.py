@@ -19,10 +19,10 @@ SCRIPT = Path(__file__).with_name("cpython_suites.py")
 # How fastserve is put in place and which twin serves are independent of each other: three of the four combinations
 # show both.
 COMBINATIONS = (
-    [("c", "module"), ("c", "patch"), ("c", "greenlets"), ("py", "module")]
-    if "c" in TWINS
-    else [("py", "module"), ("py", "patch")]
+    [("c", "module"), ("c", "patch"), ("py", "module")] if "c" in TWINS else [("py", "module"), ("py", "patch")]
 )
+if importlib.util.find_spec("greenlet") is not None:
+    COMBINATIONS.append((COMBINATIONS[0][0], "greenlets"))
 TIME_LIMIT = 900  # seconds
 
 

@@ -20,6 +20,8 @@ from fastserve import _backend
 from support import serving, talk, wait_until
 from test_patching import is_ours, snapshot
 
+pytest.importorskip("greenlet", reason="greenlets need the package greenlet")
+
 ADDRESS = ("127.0.0.1", 0)
 
 

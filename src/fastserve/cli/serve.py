@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -164,9 +165,7 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
 
 def _is_in_greenlet() -> bool:
     """Return whether the calling code runs in a greenlet that is not the thread's own."""
-    import greenlet
-
-    return greenlet.getcurrent().parent is not None
+    return importlib.import_module("greenlet").getcurrent().parent is not None
 
 
 def _address(server: fastserve.TCPServer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import socketserver
@@ -214,7 +215,7 @@ def _process_request_greenlet() -> Any:
 
 
 def process_request_greenlet(server: Any, request: Any, client_address: Any) -> None:
-    """Handle a request in its greenlet. What comes out of it ends the request, as it would end a thread, and is told."""
+    """Handle a request in its greenlet. What comes out of it is told, as if it had ended a thread."""
     try:
         server.process_request_thread(request, client_address)
     except BaseException as error:
@@ -227,9 +228,8 @@ def _ended_by(error: BaseException, request: Any) -> None:
     In the main thread what is no ``Exception`` ends ``serve_forever()``, and is raised again: most likely it is of a
     signal handler, which runs in whatever the main thread is doing, such as closing this request.
     """
-    from greenlet import GreenletExit  # there is no greenlet without it, and no need for it elsewhere
-
-    if isinstance(error, GreenletExit):
+    # There is no greenlet without this module, and no need for it elsewhere.
+    if isinstance(error, importlib.import_module("greenlet").GreenletExit):
         raise error
     if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
         if isinstance(request, socket.socket):
