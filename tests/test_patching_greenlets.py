@@ -322,6 +322,14 @@ def test_the_mix_in_gets_no_attribute_that_a_class_of_the_program_may_have_under
         assert set(vars(socketserver.ThreadingMixIn)) - before <= known
 
 
+def test_attributes_of_greenlets_are_left_to_who_names_greenlets() -> None:
+    class Server(DerivedBefore):
+        max_connections = 0  # the program's own, for which it means "unlimited"
+
+    with fastserve.patched(threading="greenlet"):
+        assert is_served_in_greenlets(Server(ADDRESS, Idents))
+
+
 # The choice
 
 
