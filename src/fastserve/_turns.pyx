@@ -115,7 +115,7 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
     :param connection: the class of connections that wait in a hub.
     :param accept: called with a listener; returns such a connection and the address of its client.
     :param end: called with a connection; shuts it down and closes it.
-    :param ended_by: called with what has come out of a request and would have ended its thread.
+    :param ended_by: called with what has come out of a request and would have ended its thread, and the request.
     :param process_request: the method of the mix-in, which need not be called where there is no limit of connections.
     """
     global _Hub, _GreenConnection, _accept_green, _end_green, _ended_by, _process_green
@@ -333,8 +333,8 @@ def process_request_greenlet(server, request, client_address):
             server.handle_error(request, client_address)
         finally:
             end(server, request)
-    except (Exception, SystemExit) as error:
-        _ended_by(error)
+    except BaseException as error:
+        _ended_by(error, request)
 
 
 cdef object _in_thread = process_request_thread
