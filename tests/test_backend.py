@@ -114,7 +114,7 @@ def test_a_build_that_refuses_extensions_has_none_and_fits_every_platform(tmp_pa
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastserve/_core_py.py" in names and "fastserve/py.typed" in names
-    assert not [name for name in names if name.endswith((".so", ".c", ".h", ".pyx", ".pxd"))]
+    assert not [name for name in names if name.endswith((".so", ".c", ".h", ".pyx", ".pxd", ".pxi"))]
 
 
 SUBINTERPRETER = """

@@ -17,7 +17,7 @@ from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, sockaddr, sockaddr_storage, socklen_t,
+    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, fs_shutdown_and_close, sockaddr, sockaddr_storage, socklen_t,
 )
 
 cdef extern from "_hub.h" nogil:
@@ -27,6 +27,7 @@ cdef object _plain_socket = _socket_module.socket
 cdef object _PyConnection = _green_py.Connection
 cdef object _init_socket = _socket.socket.__init__
 cdef object _close = _socket.socket.close
+cdef object _detach = _socket.socket.detach
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _type_of = _socket.socket.type.__get__
 cdef object _proto_of = _socket.socket.proto.__get__
@@ -182,8 +183,11 @@ def accept(listener):
     """Accept a connection that waits in the hub: ``(connection, address)``."""
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
-    cdef int family = _family_of(listener)
+    cdef int family
     cdef int fd
+    if type(listener) is not _plain_socket:
+        return listener.accept()  # somebody's own
+    family = _family_of(listener)
     if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
         return _green_py.accept(listener)
     memset(&storage, 0, sizeof(storage))
@@ -202,6 +206,23 @@ cdef object _adopt(object family, object type, object proto, int fd):
     connection._closed = False
     forget(fd)
     return connection
+
+
+def end(connection):
+    """Shut a connection down and close it. Nobody else has a file of it open."""
+    cdef Hub hub = running_hub()
+    cdef int fd, result
+    connection._closed = True
+    if hub is not None and hub.corked and hub.cork_owner is connection:
+        hub.end_flush()
+    fd = descriptor_of(connection)
+    if fd < 0:
+        return
+    forget(fd)
+    _detach(connection)
+    result = fs_shutdown_and_close(fd)
+    if result < 0:
+        raise error_of(-result)
 
 
 cdef object _unsupported = _io.UnsupportedOperation

@@ -88,6 +88,7 @@ cdef class Hub:
     cdef public object thread  # that runs it
     cdef public object executor  # of tasks.to_thread()
 
+    cdef int wait_as_root(self, double deadline) except -1
     cdef Slot *slot_of(self, object connection, int fd) except NULL
     cdef void clear_slot(self, int fd)
     cdef int grow(self, int fd) except -1

@@ -242,6 +242,18 @@ cdef class Hub:
 
     def wait(self, timeout=None):
         cdef list found
+        self.wait_as_root(INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+        found, self.root_ready = self.root_ready, []
+        return found
+
+    def wait_for_one(self, int fd):
+        """Wait endlessly; return whether this descriptor is ready, and no other one."""
+        self.wait_as_root(INFINITY)
+        ready = len(self.root_ready) == 1 and <int>self.root_ready[0] == fd
+        self.root_ready.clear()
+        return ready
+
+    cdef int wait_as_root(self, double deadline) except -1:
         if self.muted:
             for fd in self.muted:
                 fs_watch(self.epoll, EPOLL_CTL_MOD, fd, EPOLLIN, <uint64_t><int>fd)
@@ -249,11 +261,10 @@ cdef class Hub:
         if not self.root_ready:
             self.root_waits = True
             try:
-                self.park_until(self.root, INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+                self.park_until(self.root, deadline)
             finally:
                 self.root_waits = False
-        found, self.root_ready = self.root_ready, []
-        return found
+        return 0
 
     # Tasks.
 

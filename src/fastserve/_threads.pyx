@@ -313,6 +313,7 @@ cdef class Job:
     cdef public bint _daemonic
 
     def __cinit__(self, target, tuple args not None, bint daemon):
+        watch_forks()
         self.completion = new_completion(daemon)
         self.target = target
         self.args = args
@@ -580,6 +581,18 @@ cdef Waiter *new_waiter() except NULL:
     return waiter
 
 
+cdef bint watches_forks = False
+
+
+cdef int watch_forks() except -1:
+    """Have the next forks told, from the first job on: what a forked child runs costs it page faults."""
+    global watches_forks
+    if not watches_forks:
+        _register_at_fork(after_in_child=_after_fork_in_child)
+        watches_forks = True
+    return 0
+
+
 def _after_fork_in_child():
     # Of all threads only the calling one exists. The others may have held the guard, and been about to change the
     # lists: nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
@@ -603,5 +616,4 @@ def _after_fork_in_child():
 
 
 # After that of threading, which is imported above: it says which thread is the calling one.
-_register_at_fork(after_in_child=_after_fork_in_child)
 fs_keep_stacks()

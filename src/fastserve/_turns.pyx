@@ -45,6 +45,8 @@ cdef enum:
     # Whether the flag is in the instance's __dict__, as far as the class says.
     HAS_FLAG = 512
     LOOKED = 1024
+    # process_request is that of greenlets.
+    GREENLET = 2048
     PLACES = 16  # classes that are remembered
 
 cdef tuple NAMES = (
@@ -67,6 +69,13 @@ cdef object _flag = None
 cdef object _accept_failed = None
 cdef object _paused = None
 cdef object _retry_paused = None
+# Of the hub of greenlets, once there is one.
+cdef object _Hub = None
+cdef object _GreenConnection = None
+cdef object _accept_green = None
+cdef object _end_green = None
+cdef object _ended_by = None
+cdef object _process_green = None
 
 cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
@@ -96,6 +105,24 @@ def prepare(flag, accept_failed, paused, retry_paused):
     _flag, _accept_failed, _paused, _retry_paused = flag, accept_failed, paused, retry_paused
 
 
+def know_greenlets(hub, connection, accept, end, ended_by, process_request):
+    """Remember how connections that wait in a hub are accepted and ended.
+
+    :param hub: the class of hubs, which are the pollers of their servers' loops.
+    :param connection: the class of connections that wait in a hub.
+    :param accept: called with a listener; returns such a connection and the address of its client.
+    :param end: called with a connection; shuts it down and closes it.
+    :param ended_by: called with what has come out of a request and would have ended its thread.
+    :param process_request: the method of the mix-in, which need not be called where there is no limit of connections.
+    """
+    global _Hub, _GreenConnection, _accept_green, _end_green, _ended_by, _process_green
+    _Hub, _GreenConnection, _accept_green, _end_green, _ended_by = hub, connection, accept, end, ended_by
+    if _process_green is not process_request:
+        _process_green = process_request
+        for i in range(PLACES):
+            seen[i].cls = NULL
+
+
 cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 0:
     cdef unsigned int own = LOOKED
     cdef int i
@@ -107,6 +134,8 @@ cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 
                 if found is not None and not any(found is function for function in _passing):
                     if any(found is function for function in _own[name]):
                         own |= 1 << i
+                    elif found is _process_green and found is not None:
+                        own |= GREENLET
                     break
         if _PyType_Lookup(cls, FLAG) == <PyObject *>_flag:
             own |= HAS_FLAG
@@ -164,6 +193,7 @@ def run(server, loop):
     cdef int listener = loop._listener
     cdef object poller = loop._poller
     cdef EpollPoller epoll = poller if type(poller) is EpollPoller else None
+    cdef bint green = type(poller) is _Hub
     while True:
         PyErr_CheckSignals()
         if not is_plain(server, loop) or loop.stopping or flag_is_set(server):
@@ -172,21 +202,24 @@ def run(server, loop):
         if epoll is not None:
             ready = epoll.wait_for(listener)
         else:
-            ready = poller.wait(None) == [listener]
+            ready = poller.wait_for_one(listener) if green else poller.wait(None) == [listener]
         if not ready or loop.stopping or flag_is_set(server):  # bpo-35017: no request is begun after shutdown()
             return True
         # Another thread may have overridden them meanwhile. The poller still reports the listener to the loop then.
         if not (is_own(server, HANDLE_NOBLOCK, "_handle_request_noblock") and is_own(server, GET, "get_request")):
             return True
-        handle_request(server)
+        handle_request(server, poller if green else None)
         if not is_own(server, SERVICE, "service_actions"):
             server.service_actions()
 
 
-cdef int handle_request(object server) except -1:
+cdef int handle_request(object server, object hub) except -1:
     """Do what ``_handle_request_noblock`` does, ``get_request`` included."""
     try:
-        request, client_address = accept_from(server.socket, _Connection)
+        if hub is not None:
+            request, client_address = _accept_green(server.socket)
+        else:
+            request, client_address = accept_from(server.socket, _Connection)
     except OSError as error:
         _accept_failed(server, error)
         return 0
@@ -197,6 +230,13 @@ cdef int handle_request(object server) except -1:
         if is_own(server, PROCESS, "process_request"):
             finish(server, request, client_address)
             end(server, request)
+        elif (
+            hub is not None
+            and type(request) is _GreenConnection
+            and is_own(server, GREENLET, "process_request")
+            and server.max_connections is None
+        ):
+            hub.start(process_request_greenlet, server, request, client_address)
         else:
             server.process_request(request, client_address)
     except Exception:
@@ -221,7 +261,7 @@ cdef int end(object server, object request) except -1:
     """Do what ``shutdown_request`` does, and ``close_request`` for it."""
     cdef int descriptor, result
     if (
-        type(request) is not _Connection
+        (type(request) is not _Connection and type(request) is not _GreenConnection)
         or not is_own(server, SHUTDOWN, "shutdown_request")
         or not is_own(server, CLOSE, "close_request")
         or not is_plain_connection()
@@ -229,13 +269,16 @@ cdef int end(object server, object request) except -1:
     ):
         server.shutdown_request(request)
         return 0
-    request._closed = True
-    descriptor = _detach(request)
-    if descriptor >= 0:
-        with nogil:
-            result = fs_shutdown_and_close(descriptor)
-        if result < 0:
-            raise error_of(-result)
+    if type(request) is _GreenConnection:
+        _end_green(request)
+    else:
+        request._closed = True
+        descriptor = _detach(request)
+        if descriptor >= 0:
+            with nogil:
+                result = fs_shutdown_and_close(descriptor)
+            if result < 0:
+                raise error_of(-result)
     if _paused:
         _retry_paused()
     return 0
@@ -271,6 +314,22 @@ def process_request_thread(server, request, client_address):
         server.handle_error(request, client_address)
     finally:
         end(server, request)
+
+
+def process_request_greenlet(server, request, client_address):
+    """Handle a request in its greenlet, as ``process_request_thread`` does."""
+    try:
+        if not is_own(server, IN_THREAD, "process_request_thread"):
+            server.process_request_thread(request, client_address)
+            return
+        try:
+            finish(server, request, client_address)
+        except Exception:
+            server.handle_error(request, client_address)
+        finally:
+            end(server, request)
+    except (Exception, SystemExit) as error:
+        _ended_by(error)
 
 
 cdef object _in_thread = process_request_thread

@@ -54,9 +54,10 @@ def sleep(seconds: float) -> None:
 def to_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Call ``function`` with the arguments, and return, or raise, what it does.
 
-    In a handler that runs in a greenlet a thread calls it, and the loop goes on; elsewhere the calling thread does. Each
-    running server has as many threads for this as :class:`concurrent.futures.ThreadPoolExecutor` by default. It sees the context variables of the caller, in a copy, as in :func:`asyncio.to_thread`. A handler that is
-    ended meanwhile does not end the thread: the function runs to its end, and its result is dropped.
+    In a handler that runs in a greenlet a thread calls it, and the loop goes on; elsewhere the calling thread does.
+    Each running server has as many threads for this as :class:`concurrent.futures.ThreadPoolExecutor` by default.
+    It sees the context variables of the caller, in a copy, as in :func:`asyncio.to_thread`. A handler that is ended
+    meanwhile does not end the thread: the function runs to its end, and its result is dropped.
     """
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
     hub = _waiting.running()
