@@ -615,7 +615,7 @@ cdef class Hub:
     cdef int spend(self) except -1:
         """Count a call of the kernel; after some of them it is the turn of others."""
         cdef Task me
-        self.budget -= 1
+        self.budget -= CALL
         if self.budget <= 0:
             me = self.this_task()
             if me is not self.root:
@@ -896,6 +896,7 @@ cdef class Hub:
         self.cork_owner = None
         fd = descriptor_of(connection)
         sent = fs_send(fd, self.cork, size, MSG_DONTWAIT)
+        self.budget -= CALL
         if sent == size:
             return 0
         if sent < 0:
