@@ -8,7 +8,7 @@ import socketserver
 import threading
 from typing import Any, Final
 
-from fastserve import _backend, _waiting
+from fastserve import _backend, _waiting, tls
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following, is_stdlib
@@ -99,10 +99,13 @@ class GreenletMixIn(ThreadingMixIn):
         get_request = super().get_request  # type: ignore[misc]
         if (
             getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
-            and type(self.socket) is socket.socket  # type: ignore[attr-defined]
             and _waiting.running() is not None
         ):
-            return _backend.green().accept(self.socket)  # type: ignore[attr-defined]
+            listener = self.socket  # type: ignore[attr-defined]
+            if type(listener) is socket.socket:
+                return _backend.green().accept(listener)
+            if tls.is_listener(listener):
+                return tls.accept(self, True)
         return get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -117,6 +120,8 @@ class GreenletMixIn(ThreadingMixIn):
         if type(request) in _PLAIN:
             request.__class__ = _backend.green().Connection
             request.settimeout(request.gettimeout())
+        elif type(request).__module__ == "ssl":
+            tls.make_cooperative(request)
         if self.max_connections is None:
             hub.start(_handle, self, request, client_address)
         else:
@@ -170,8 +175,10 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener = server.socket
-    if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
+    listener: socket.socket = server.socket
+    if type(listener) is not socket.socket and not tls.is_listener(listener):
+        return None
+    if listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
         return None
