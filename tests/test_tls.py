@@ -52,7 +52,8 @@ def class_of(worker: str) -> Any:
 
 def server_of(worker: str, handler: Any = Upper, context: Any = None, **attributes: Any) -> Any:
     """Return a server of a worker model whose class has these attributes, with TLS."""
-    return wrapped(type("Server", (class_of(worker),), attributes)(ADDRESS, handler), context)
+    cls = type("Server", (class_of(worker),), {"request_queue_size": 100, **attributes})
+    return wrapped(cls(ADDRESS, handler), context)
 
 
 @pytest.fixture(params=WORKERS)
@@ -206,6 +207,7 @@ def test_a_handshake_that_takes_too_long_is_ended_in_silence(
         with silent_client(server) as client:
             client.sendall(b"\x16\x03\x01")
             assert is_ended(client)
+        server.handshake_timeout = LIMIT
         assert ask(server) == b"HELLO\n"
     assert errors == []
     assert capfd.readouterr().err == ""
@@ -311,7 +313,7 @@ def test_a_client_that_was_refused_has_had_no_handshake(worker: str) -> None:
 def test_verify_request_may_ask_for_the_certificate_of_the_client(any_worker: str) -> None:
     def verify_request(self: Any, request: Any, client_address: Any) -> bool:
         certificate = request.getpeercert()
-        return ("email", "client@client.test") in certificate.get("subjectAltName", ())
+        return ("email", "client@client.test") in (certificate or {}).get("subjectAltName", ())
 
     context = server_context(verify_mode=ssl.CERT_OPTIONAL)
     with serving(server_of(any_worker, context=context, verify_request=verify_request)) as server:

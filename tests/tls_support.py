@@ -34,7 +34,7 @@ def server_context(*names: str, **attributes: Any) -> ssl.SSLContext:
 
 def client_context(certificate: bool = False, **attributes: Any) -> ssl.SSLContext:
     """Return the context of a client, with a certificate of its own or without, and these attributes set."""
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority().configure_trust(context)
     if certificate:
         authority().issue_cert("client@client.test").configure_cert(context)
@@ -58,8 +58,9 @@ def end(client: socket.socket) -> None:
 @contextlib.contextmanager
 def client_of(server: Any, context: ssl.SSLContext | None = None, name: str = NAME) -> Iterator[ssl.SSLSocket]:
     """Connect to a server."""
+    context = context or client_context()  # before the server begins to wait
     plain = socket.create_connection(server.server_address[:2], LIMIT)
-    with plain, (context or client_context()).wrap_socket(plain, server_hostname=name) as client:
+    with plain, context.wrap_socket(plain, server_hostname=name) as client:
         try:
             yield client
         finally:
