@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # What each implementation puts into _backend.
 TWINS: dict[str, dict[str, ModuleType | None]] = {
-    "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None}
+    "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None, "turns": None}
 }
 if not NO_EXTENSIONS:
     TWINS["c"] = {name: importlib.import_module(f"fastserve._{name}") for name in TWINS["py"]}

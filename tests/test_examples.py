@@ -188,6 +188,13 @@ def test_threadpool_server_answers_all_clients_in_a_few_threads(start: Start, th
         assert sum(map(int, counts.values())) == 20
 
 
+def test_greenlet_server_tells_all_clients_in_one_thread(start: Start) -> None:
+    pytest.importorskip("greenlet", reason="greenlets need the package greenlet")
+    with start("greenlet_server.py", "--clients", "50") as server:
+        server.port()
+        assert server.end() == "50 clients heard it, served by 1 thread\n"
+
+
 def test_forking_server_answers_each_client_from_another_process(start: Start) -> None:
     with start("forking_server.py", allowed=(FORK_BESIDE_THREADS,)) as example:
         first_line = example.line()

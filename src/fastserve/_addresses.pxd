@@ -3,7 +3,7 @@
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, inet_ntop, ntohl, ntohs, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
+    AF_INET, AF_INET6, fs_ipv4_text, inet_ntop, ntohl, ntohs, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
 )
 
 cdef extern from "Python.h":
@@ -27,7 +27,7 @@ cdef inline object address_of(sockaddr_storage *storage, socklen_t length, int f
         return None  # a datagram of an unbound Unix socket
     if family == AF_INET:
         inet = <sockaddr_in *>storage
-        inet_ntop(AF_INET, &inet.sin_addr, text, ADDRESS_TEXT)
+        fs_ipv4_text(&inet.sin_addr, text)
         return (text.decode("ascii"), ntohs(inet.sin_port))
     if family == AF_INET6:
         inet6 = <sockaddr_in6 *>storage

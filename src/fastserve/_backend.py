@@ -1,8 +1,8 @@
 """The choice between the C extensions and their Python twins. No other module makes it.
 
 ``core``, ``streams`` and ``datagrams`` are the modules in use, and ``implementation`` is their name, ``"c"`` or
-``"py"``. ``threads`` is ``None`` without the extensions: it has no twin. The extensions are used on CPython wherever
-they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is
+``"py"``. ``threads`` and ``turns`` are ``None`` without the extensions: they have no twin. The extensions are used on
+CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is
 there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
 """
 
@@ -55,6 +55,7 @@ def _in_subinterpreter() -> bool:
 
 
 threads: ModuleType | None = None
+turns: ModuleType | None = None
 
 if TYPE_CHECKING:
     # The twins are the source of the types, so that no stub file can drift.
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
     streams = _streams_py
     datagrams = _datagrams_py
 elif _is_built():
-    core, streams, datagrams, threads = (
-        importlib.import_module(f"fastserve.{name}") for name in ("_core", "_streams", "_datagrams", "_threads")
+    core, streams, datagrams, threads, turns = (
+        importlib.import_module(f"fastserve._{name}") for name in ("core", "streams", "datagrams", "threads", "turns")
     )
 else:
     core, streams, datagrams = _core_py, _streams_py, _datagrams_py

@@ -187,6 +187,28 @@ static inline int fs_sendmmsg(int fd, fs_mmsghdr *messages, unsigned int count)
 #endif
 }
 
+/* End a connection: the other side sees the end even where another process has the descriptor too. */
+static inline int fs_shutdown_and_close(int fd)
+{
+    shutdown(fd, SHUT_WR);  /* ENOTCONN: the other side is gone already */
+    return close(fd) < 0 && errno != ECONNRESET ? -errno : 0;
+}
+
+/* Write an IPv4 address as inet_ntop(3) does, which goes through printf for it. There must be room for 16 bytes. */
+static inline void fs_ipv4_text(const void *address, char *text)
+{
+    const unsigned char *part = (const unsigned char *)address;
+    for (int i = 0; i < 4; i++) {
+        unsigned value = part[i];
+        if (value >= 100)
+            *text++ = (char)('0' + value / 100);
+        if (value >= 10)
+            *text++ = (char)('0' + value / 10 % 10);
+        *text++ = (char)('0' + value % 10);
+        *text++ = i < 3 ? '.' : '\0';
+    }
+}
+
 static inline int fs_is_closed(int fd)
 {
     return fcntl(fd, F_GETFD) < 0;

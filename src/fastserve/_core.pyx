@@ -73,8 +73,6 @@ cdef int _interrupted(int result) except -1:
 cdef class EpollPoller:
     """Wait with epoll_wait(2), level-triggered, without the GIL."""
 
-    cdef int _epoll
-
     def __cinit__(self):
         self._epoll = -1
         cdef int fd = fs_epoll_create()
@@ -112,6 +110,18 @@ cdef class EpollPoller:
                 result = fs_epoll_wait(self._epoll, events, MAX_EVENTS, _left(until))
             if result >= 0:
                 return [events[i].data.fd for i in range(result)]
+            _interrupted(result)
+
+    cdef int wait_for(self, int fd) except -1:
+        """Wait endlessly; return whether this descriptor is ready, and no other one."""
+        cdef epoll_event events[2]
+        cdef int result
+        self._opened()
+        while True:
+            with nogil:
+                result = fs_epoll_wait(self._epoll, events, 2, -1)
+            if result >= 0:
+                return result == 1 and events[0].data.fd == fd
             _interrupted(result)
 
     cpdef close(self):
@@ -290,6 +300,10 @@ def wait_readable(int fd, timeout):
 
 def accept(listener, request_class=_plain_socket):
     """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
+    return accept_from(listener, request_class)
+
+
+cdef object accept_from(object listener, object request_class):
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
     cdef int descriptor, family

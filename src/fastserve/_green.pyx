@@ -9,46 +9,28 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.string cimport memchr, memcpy, memset
 
 from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, forget, running_hub, send_all
+from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, sockaddr, sockaddr_storage, socklen_t,
+    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, fs_shutdown_and_close, sockaddr, sockaddr_storage, socklen_t,
 )
 
 cdef extern from "_hub.h" nogil:
     int fs_accept_nonblocking(int, sockaddr *, socklen_t *)
-    int fs_descriptor_of(PyObject *)
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _PyConnection = _green_py.Connection
 cdef object _init_socket = _socket.socket.__init__
 cdef object _close = _socket.socket.close
-cdef object _descriptor_method = _socket.socket.fileno
+cdef object _detach = _socket.socket.detach
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _type_of = _socket.socket.type.__get__
 cdef object _proto_of = _socket.socket.proto.__get__
-cdef object _timeout_of = _socket.socket.gettimeout
-
-
-cdef bint _layout_is_known():
-    """Return whether the descriptor of a socket is where this module looks for it."""
-    with _plain_socket() as probe:
-        if fs_descriptor_of(<PyObject *>probe) != <int>probe.fileno():
-            return False
-    return fs_descriptor_of(<PyObject *>probe) == -1
-
-
-cdef bint _look_inside = _layout_is_known()
-
-
-cdef inline int descriptor_of(object connection) except -2:
-    return fs_descriptor_of(<PyObject *>connection) if _look_inside else <int>_descriptor_method(connection)
 
 
 cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room) except -1:
@@ -201,8 +183,11 @@ def accept(listener):
     """Accept a connection that waits in the hub: ``(connection, address)``."""
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
-    cdef int family = _family_of(listener)
+    cdef int family
     cdef int fd
+    if type(listener) is not _plain_socket:
+        return listener.accept()  # somebody's own
+    family = _family_of(listener)
     if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
         return _green_py.accept(listener)
     memset(&storage, 0, sizeof(storage))
@@ -221,6 +206,23 @@ cdef object _adopt(object family, object type, object proto, int fd):
     connection._closed = False
     forget(fd)
     return connection
+
+
+def end(connection):
+    """Shut a connection down and close it. Nobody else has a file of it open."""
+    cdef Hub hub = running_hub()
+    cdef int fd, result
+    connection._closed = True
+    if hub is not None and hub.corked and hub.cork_owner is connection:
+        hub.end_flush()
+    fd = descriptor_of(connection)
+    if fd < 0:
+        return
+    forget(fd)
+    _detach(connection)
+    result = fs_shutdown_and_close(fd)
+    if result < 0:
+        raise error_of(-result)
 
 
 cdef object _unsupported = _io.UnsupportedOperation

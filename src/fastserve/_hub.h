@@ -44,11 +44,33 @@ static inline int fs_set_nonblocking(int fd, int nonblocking)
     return wanted == flags || fcntl(fd, F_SETFL, wanted) == 0 ? 0 : -errno;
 }
 
-/* The descriptor is the first field of a socket of the module _socket in every CPython from 3.11 to 3.15; the module
- * asks at import whether it still is, see _green.pyx. */
+/* The beginning of a socket of the module _socket, in every CPython from 3.11 to 3.15. Its methods would tell the same
+ * at some thirty times the cost; whether it still is so is asked at import, and they are asked if not. */
+typedef struct {
+    PyObject_HEAD
+    int descriptor;
+    int family, type, protocol;
+    PyObject *(*error_handler)(void);
+    int64_t timeout;  /* nanoseconds; negative: none */
+} fs_socket;
+
+static int fs_knows_sockets = 0;
+
 static inline int fs_descriptor_of(PyObject *socket)
 {
-    return *(int *)((char *)socket + sizeof(PyObject));
+    return ((fs_socket *)socket)->descriptor;
+}
+
+/* Seconds; negative: none. */
+static inline double fs_timeout_of(PyObject *socket)
+{
+    return (double)((fs_socket *)socket)->timeout * 1e-9;
+}
+
+static inline void fs_know_sockets(PyObject *one, int descriptor, PyObject *other, double timeout)
+{
+    fs_knows_sockets = Py_TYPE(one)->tp_basicsize >= (Py_ssize_t)sizeof(fs_socket)
+        && fs_descriptor_of(one) == descriptor && fs_timeout_of(one) < 0.0 && fs_timeout_of(other) == timeout;
 }
 
 #endif

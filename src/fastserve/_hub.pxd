@@ -86,7 +86,9 @@ cdef class Hub:
     cdef object cork_owner
     cdef public object server  # whose requests the tasks handle
     cdef public object thread  # that runs it
+    cdef public object executor  # of tasks.to_thread()
 
+    cdef int wait_as_root(self, double deadline) except -1
     cdef Slot *slot_of(self, object connection, int fd) except NULL
     cdef void clear_slot(self, int fd)
     cdef int grow(self, int fd) except -1
@@ -113,6 +115,7 @@ cdef class Hub:
 
 
 cdef Hub running_hub()
+cdef int descriptor_of(object connection) except -2
 cdef double deadline_of(object connection) except -1.0
 cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size, double deadline) except -1
 cdef int forget(int fd) except -1

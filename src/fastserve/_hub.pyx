@@ -6,6 +6,7 @@ the next event, or asks the kernel for more, and switches straight to the greenl
 """
 
 import os as _os
+import socket as _socket_module
 import threading as _threading
 from collections import deque as _deque
 
@@ -34,6 +35,10 @@ cdef extern from "greenlet.h":
     PyObject *PyGreenlet_Switch(PyGreenlet *, PyObject *, PyObject *) except NULL
 
 cdef extern from "_hub.h" nogil:
+    int fs_knows_sockets
+    void fs_know_sockets(PyObject *, int, PyObject *, double)
+    int fs_descriptor_of(PyObject *)
+    double fs_timeout_of(PyObject *)
     void *fs_hub_get()
     void fs_hub_set(void *)
 
@@ -47,13 +52,27 @@ PyGreenlet_Import()
 cdef enum:
     POOLED = 512  # greenlets kept for later requests; each holds some 6 KiB
 
-cdef object _descriptor_of = _socket.socket.fileno
+cdef object _descriptor_method = _socket.socket.fileno
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _timeout_of = _socket.socket.gettimeout
 # What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child, and
 # with them the connections of the parent.
 cdef list _inherited = []
 cdef list _hubs = _waiting.hubs
+
+
+cdef _look_inside_sockets():
+    """Find out whether the fields of a socket are where they are looked for; else its methods are asked."""
+    with _socket_module.socket() as one, _socket_module.socket() as other:
+        other.settimeout(12.5)
+        fs_know_sockets(<PyObject *>one, one.fileno(), <PyObject *>other, 12.5)
+
+
+_look_inside_sockets()
+
+
+cdef int descriptor_of(object connection) except -2:
+    return fs_descriptor_of(<PyObject *>connection) if fs_knows_sockets else <int>_descriptor_method(connection)
 
 
 cdef Hub running_hub():
@@ -63,10 +82,15 @@ cdef Hub running_hub():
 
 cdef double deadline_of(object connection) except -1.0:
     """Return until when an operation may wait: INFINITY, or 0.0 if it must not wait."""
-    cdef object timeout = _timeout_of(connection)
-    if timeout is None:
+    cdef double timeout
+    if fs_knows_sockets:
+        timeout = fs_timeout_of(<PyObject *>connection)
+    else:
+        seconds = _timeout_of(connection)
+        timeout = -1.0 if seconds is None else seconds
+    if timeout < 0.0:
         return INFINITY
-    return now() + min(<double>timeout, MAX_WAIT) if timeout else 0.0
+    return now() + min(timeout, MAX_WAIT) if timeout > 0.0 else 0.0
 
 
 cdef class Task:
@@ -218,6 +242,18 @@ cdef class Hub:
 
     def wait(self, timeout=None):
         cdef list found
+        self.wait_as_root(INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+        found, self.root_ready = self.root_ready, []
+        return found
+
+    def wait_for_one(self, int fd):
+        """Wait endlessly; return whether this descriptor is ready, and no other one."""
+        self.wait_as_root(INFINITY)
+        ready = len(self.root_ready) == 1 and <int>self.root_ready[0] == fd
+        self.root_ready.clear()
+        return ready
+
+    cdef int wait_as_root(self, double deadline) except -1:
         if self.muted:
             for fd in self.muted:
                 fs_watch(self.epoll, EPOLL_CTL_MOD, fd, EPOLLIN, <uint64_t><int>fd)
@@ -225,11 +261,10 @@ cdef class Hub:
         if not self.root_ready:
             self.root_waits = True
             try:
-                self.park_until(self.root, INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+                self.park_until(self.root, deadline)
             finally:
                 self.root_waits = False
-        found, self.root_ready = self.root_ready, []
-        return found
+        return 0
 
     # Tasks.
 
@@ -572,7 +607,7 @@ cdef class Hub:
         cdef uint64_t tag = fs_tag(event)
         cdef uint32_t generation = <uint32_t>(tag >> 32)
         cdef uint32_t bits = event.events
-        cdef int fd = <int>(tag & 0xffffffff)
+        cdef int fd = <int><uint32_t>tag
         cdef Slot *slot
         cdef Task task = None
         cdef void *reader
@@ -629,7 +664,7 @@ cdef class Hub:
         cdef int milliseconds = -1
         cdef int count
         cdef double left
-        if self.ready_count or self.posted:
+        if self.ready_count or self.notified:
             milliseconds = 0
         elif self.timer_count:
             left = (<Task>self.timers[0]).heap_deadline - now()
@@ -649,7 +684,7 @@ cdef class Hub:
                 if count != -EINTR:
                     raise error_of(-count)
                 PyErr_CheckSignals()
-            if self.posted:
+            if self.notified:
                 self.take_posted()
             if self.timer_count:
                 self.fire_timers()
@@ -801,7 +836,7 @@ cdef class Hub:
         cdef int fd
         self.corked = 0
         self.cork_owner = None
-        fd = _descriptor_of(connection)
+        fd = descriptor_of(connection)
         sent = fs_send(fd, self.cork, size, 0)
         if sent == size:
             return 0
@@ -820,7 +855,7 @@ cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size,
     cdef Py_ssize_t sent
     cdef int fd
     while True:
-        fd = _descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
+        fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
         sent = fs_send(fd, data, size, 0)
         if sent >= 0:
             if sent == size:

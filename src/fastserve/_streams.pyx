@@ -145,6 +145,8 @@ class SocketReader(_Reader, _SocketIO):
 
 cdef object _write_all(object sock, object b):
     sock.sendall(b)
+    if type(b) is bytes:
+        return len(b)
     with memoryview(b) as view:
         return view.nbytes
 

@@ -90,6 +90,7 @@ cdef extern from "_compat.h" nogil:
     uint32_t htonl(uint32_t)
     int inet_pton(int, const char *, void *)
     const char *inet_ntop(int, const void *, char *, socklen_t)
+    void fs_ipv4_text(const void *, char *)
     int close_descriptor "close"(int)
 
     int fs_accept(int, sockaddr *, socklen_t *)
@@ -102,6 +103,7 @@ cdef extern from "_compat.h" nogil:
     int fs_select(int, const fd_set *, fd_set *, int)
     int fs_recvmmsg(int, fs_mmsghdr *, unsigned int, int *)
     int fs_sendmmsg(int, fs_mmsghdr *, unsigned int)
+    int fs_shutdown_and_close(int)
     int fs_is_closed(int)
     int fs_write(int, const void *, size_t)
     int fs_read(int, void *, size_t)

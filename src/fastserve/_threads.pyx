@@ -11,7 +11,9 @@ All structures here are guarded by one lock, held for a few instructions and nev
 
 import sys as _sys
 import threading as _threading
+from collections import deque as _deque
 from os import register_at_fork as _register_at_fork
+from queue import Empty as _Empty
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -481,6 +483,101 @@ def set_idle_seconds(double seconds):
 def counts():
     """Return how many threads there are, and how many of them are idle."""
     return workers, idle_count
+
+
+cdef struct Waiter:
+    PyThread_type_lock wakeup  # held until there may be something
+    Waiter *next
+
+
+cdef class WorkQueue:
+    """What :class:`queue.SimpleQueue` is, for the threads of a pool; it wakes as few of them as it can.
+
+    At most one thread is on its way from being woken to having the GIL. When it has taken its item, and there are
+    more, it wakes the next. So a thread that is free in the meantime takes several items of a burst, and every item
+    still finds a thread while there is an idle one. ``SimpleQueue`` wakes another one in vain after each item. The last
+    thread to wait is the first to be woken. All fields are guarded by the GIL.
+    """
+
+    cdef object items
+    cdef Waiter *waiting
+    cdef bint is_coming  # a thread that was woken and does not run yet
+    cdef Waiter *spare  # to be used again; a thread that wakes one may still be about to let go of its lock
+
+    def __cinit__(self):
+        self.items = _deque()
+
+    def __dealloc__(self):
+        # Nobody waits, for who does has a reference. In a forked child some seem to: threads that it does not have.
+        cdef Waiter *waiter
+        while self.spare != NULL:
+            waiter = self.spare
+            self.spare = waiter.next
+            PyThread_free_lock(waiter.wakeup)
+            free(waiter)
+
+    def put(self, item):
+        """Add an item, and wake a thread that waits for one. It never waits."""
+        self.items.append(item)
+        self.wake_one()
+
+    cdef void wake_one(self) noexcept:
+        """Wake a thread, if one waits and none is on its way already: that one wakes the next if there is more."""
+        cdef Waiter *waiter = self.waiting
+        if waiter != NULL and not self.is_coming:
+            self.waiting = waiter.next
+            self.is_coming = True
+            PyThread_release_lock(waiter.wakeup)
+
+    def get(self, block=True):
+        """Remove and return the oldest item, and wait for one; raise :class:`queue.Empty` if it may not wait.
+
+        No signal handler runs while it waits: it is not for the main thread.
+        """
+        cdef Waiter *waiter
+        while not self.items:
+            if not block:
+                raise _Empty
+            waiter = self.spare
+            if waiter == NULL:
+                waiter = new_waiter()
+            else:
+                self.spare = waiter.next
+            waiter.next = self.waiting
+            self.waiting = waiter
+            with nogil:
+                PyThread_acquire_lock(waiter.wakeup, WAIT_LOCK)
+            waiter.next = self.spare
+            self.spare = waiter
+            self.is_coming = False
+        item = self.items.popleft()
+        if self.items:
+            self.wake_one()
+        return item
+
+    def get_nowait(self):
+        """Remove and return the oldest item; raise :class:`queue.Empty` if there is none."""
+        return self.get(False)
+
+    def empty(self):
+        """Return whether there is no item."""
+        return not self.items
+
+    def qsize(self):
+        """Return how many items there are."""
+        return len(self.items)
+
+
+cdef Waiter *new_waiter() except NULL:
+    cdef Waiter *waiter = <Waiter *>calloc(1, sizeof(Waiter))
+    if waiter == NULL:
+        raise MemoryError()
+    waiter.wakeup = PyThread_allocate_lock()
+    if waiter.wakeup == NULL:
+        free(waiter)
+        raise MemoryError()
+    PyThread_acquire_lock(waiter.wakeup, NOWAIT_LOCK)
+    return waiter
 
 
 def _after_fork_in_child():

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from fastserve import _backend, datagrams, pollers, tls
 from fastserve._loop import (
     STATE,
+    Loop,
     State,
     idle_timeout,
     new_event,
@@ -130,6 +131,7 @@ class BaseServer(socketserver.BaseServer):
         state = State.of(self)
         loop = new_loop(self)
         batches = _new_batches(self, loop)
+        turns = _backend.turns if batches is None and isinstance(loop, Loop) else None
         self.__is_shut_down.clear()
         # From here on shutdown() waits for this call, even though it may not have begun to wait.
         state.loops.append(loop)
@@ -138,6 +140,8 @@ class BaseServer(socketserver.BaseServer):
                 loop.open()
                 loop.ticks = loop.ticks or not _flag_wakes(self)
                 while not (self.__shutdown_request or loop.stopping):
+                    if turns is not None and turns.run(self, loop) and (self.__shutdown_request or loop.stopping):
+                        break
                     if batches is not None and not loop.held and batches.are_pending():
                         ready = True
                     else:
@@ -194,10 +198,7 @@ class BaseServer(socketserver.BaseServer):
         try:
             request, client_address = self.get_request()
         except OSError as error:
-            loop = State.of(self).own_loop()
-            if loop is not None:
-                own = getattr(self.get_request, "__func__", None) in _OWN_GET_REQUEST
-                loop.accept_failed(error, own)
+            _accept_failed(self, error)
             return
         if self.verify_request(request, client_address):
             try:
@@ -441,6 +442,21 @@ def _new_batches(server: Any, loop: Any) -> datagrams.Batches | None:
         return None
     return datagrams.Batches(server, loop, vars(BaseServer)[_SHUTDOWN_REQUEST], _OWN_OF_DATAGRAMS)
 
+
+def _accept_failed(server: Any, error: OSError) -> None:
+    """Tell the loop of the calling thread, if it runs one, what ``get_request`` of ``server`` has raised."""
+    loop = State.of(server).own_loop()
+    if loop is not None:
+        own = getattr(server.get_request, "__func__", None) in _OWN_GET_REQUEST
+        loop.accept_failed(error, own)
+
+
+# What a loop need not call for each connection, as long as it is not overridden.
+_OWN_OF_CONNECTIONS: Final = {name: getattr(TCPServer, name) for name in _OWN_OF_DATAGRAMS}
+
+if _backend.turns is not None:
+    _backend.turns.know(_OWN_OF_CONNECTIONS)
+    _backend.turns.prepare(vars(BaseServer)[_SHUTDOWN_REQUEST], _accept_failed, paused, retry_paused)
 
 quiet_service_actions[BaseServer.service_actions] = None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextvars
 import functools
-import os
 import socket
 import threading
 import time
@@ -55,17 +54,19 @@ def sleep(seconds: float) -> None:
 def to_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Call ``function`` with the arguments, and return, or raise, what it does.
 
-    In a handler that runs in a greenlet a thread calls it, one of as many as
-    :class:`concurrent.futures.ThreadPoolExecutor` has by default, and the loop goes on; elsewhere the calling thread
-    does. It sees the context variables of the caller, in a copy, as in :func:`asyncio.to_thread`. A handler that is
-    ended meanwhile does not end the thread: the function runs to its end, and its result is dropped.
+    In a handler that runs in a greenlet a thread calls it, and the loop goes on; elsewhere the calling thread does.
+    Each running server has as many threads for this as :class:`concurrent.futures.ThreadPoolExecutor` by default.
+    It sees the context variables of the caller, in a copy, as in :func:`asyncio.to_thread`. A handler that is ended
+    meanwhile does not end the thread: the function runs to its end, and its result is dropped.
     """
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
     hub = _waiting.running()
     if hub is None:
         return call()
     task = hub.this()
-    future = _executor().submit(call)
+    if hub.executor is None:
+        hub.executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="fastserve to_thread")
+    future = hub.executor.submit(call)
     future.add_done_callback(lambda future: hub.post(task))
     try:
         while not future.done():
@@ -178,25 +179,3 @@ def _resolve(host: str | None, port: int) -> list[Any]:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except socket.gaierror:
         return to_thread(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-
-
-_executors: list[concurrent.futures.ThreadPoolExecutor] = []
-_lock = threading.Lock()
-
-
-def _executor() -> concurrent.futures.ThreadPoolExecutor:
-    """Return the threads of :func:`to_thread`, which all servers of the process share."""
-    with _lock:
-        if not _executors:
-            _executors.append(concurrent.futures.ThreadPoolExecutor(thread_name_prefix="fastserve to_thread"))
-        return _executors[0]
-
-
-def _after_fork_in_child() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _executors.clear()  # its threads are the parent's
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

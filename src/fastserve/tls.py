@@ -98,3 +98,7 @@ def make_cooperative(request: Any) -> None:
 
     if not _backend.monkey_patched():
         _tls.make_cooperative(request)
+
+
+if _backend.turns is not None:
+    _backend.turns.know_handshakes(unfinished, finish_handshake)

@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from fastserve import streams
+from fastserve import _backend, streams
 from fastserve._loop import Loop
 
 _std: Any = socketserver  # see server.py
+
+_STDLIB_QUEUE: Any = queue.SimpleQueue
 
 
 # A request for a worker: the method that does the work, the request, the address of the client. It is a plain tuple,
@@ -64,8 +66,8 @@ class Pool:
             self._ending = _exiting
 
     def _begin(self) -> None:
-        # By the names of the modules, at this time: gevent may have put its own there.
-        self._queue = queue.SimpleQueue()
+        self._queue = _new_queue()
+        # By the name of the module, at this time: gevent may have put its own there.
         self._lock = _std.threading.Lock()
         self._freed = _std.threading.Condition(self._lock)
         self._under_way: deque[None] = deque()  # an entry for each request that is queued or being handled
@@ -220,6 +222,14 @@ class Pool:
             # it would keep the connection open after the parent has closed it.
             if work is not None and type(work[1]) in (socket.socket, streams.Connection):
                 work[1].close()
+
+
+def _new_queue() -> queue.SimpleQueue[Work | None]:
+    """Return a queue: our own in C, unless gevent or eventlet have put theirs into :mod:`queue`."""
+    if _backend.threads is not None and queue.SimpleQueue is _STDLIB_QUEUE and not _backend.monkey_patched():
+        found: queue.SimpleQueue[Work | None] = _backend.threads.WorkQueue()
+        return found
+    return queue.SimpleQueue()
 
 
 def _work(pool: Pool) -> None:

@@ -24,8 +24,8 @@ class Watchdog:
         self._server = server
         self._hub = hub
         self._seconds: float = server.slow_handler_seconds
-        self._stopped = False
-        self._event = threading.Event()  # the hub is at work again, or the watch is over
+        self._stopped = threading.Event()
+        self._at_work = threading.Event()  # set by the hub when it has something to do again
         self._thread: threading.Thread | None = None
         self._reported = -REPORT_GAP  # time.monotonic()
 
@@ -37,43 +37,40 @@ class Watchdog:
 
     def stop(self) -> None:
         """End the thread, and wait for that."""
-        self._stopped = True
-        self._event.set()
+        self._stopped.set()
+        self._at_work.set()
         if self._thread is not None and not self._hub.stale:  # a forked child has no such thread
             self._thread.join()
 
     def _run(self) -> None:
         hub = self._hub
-        seen = -1
-        since = 0.0
-        while not self._stopped:
-            if hub.idle:
-                self._event.clear()
-                hub.watch(self._event)
-                if hub.idle and not self._stopped:
-                    self._event.wait()
-                continue
+        seen = -1  # the progress at the last look
+        since = 0.0  # time.monotonic() when it was seen first
+        reported = False
+        # Between two looks it always sleeps, also when the hub is at work again: else it would wake for each request.
+        while not self._stopped.wait(self._seconds / 2):
             now = time.monotonic()
             if hub.progress != seen:
                 seen = hub.progress
                 since = now
-            elif now - since >= self._seconds and seen >= 0:
-                self._report(seen, now - since)
-                seen = -1 if hub.progress != seen else seen
-                since = float("inf")  # once for each time
-            self._event.clear()
-            if not self._stopped:
-                self._event.wait(self._seconds / 2)
+                reported = False
+            elif hub.idle:
+                self._at_work.clear()
+                hub.watch(self._at_work)
+                if hub.idle and not self._stopped.is_set():
+                    self._at_work.wait()
+            elif now - since >= self._seconds and not reported:
+                reported = self._report(seen, now - since)
 
-    def _report(self, progress: int, seconds: float) -> None:
-        """Tell who holds the loop, unless something was told a moment ago."""
+    def _report(self, progress: int, seconds: float) -> bool:
+        """Tell who holds the loop, unless something was told a moment ago. Return whether it was told."""
         now = time.monotonic()
         if now - self._reported < REPORT_GAP:
-            return
+            return False
         frame = sys._current_frames().get(self._hub.owner)
         arguments = self._hub.arguments()
         if frame is None or self._hub.progress != progress:
-            return  # it has let go this moment
+            return False  # it has let go this moment
         self._reported = now
         if arguments and len(arguments) == 3 and arguments[0] is self._server:
             handler = self._server.RequestHandlerClass
@@ -86,3 +83,4 @@ class Watchdog:
             seconds,
             "".join(traceback.format_stack(frame)).rstrip(),
         )
+        return True

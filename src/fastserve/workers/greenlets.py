@@ -123,7 +123,7 @@ class GreenletMixIn(ThreadingMixIn):
         elif type(request).__module__ == "ssl":
             tls.make_cooperative(request)
         if self.max_connections is None:
-            hub.start(_handle, self, request, client_address)
+            hub.start(_process_request_greenlet(), self, request, client_address)
         else:
             _start_counted(self, hub, request, client_address)
 
@@ -148,6 +148,8 @@ class GreenletMixIn(ThreadingMixIn):
                     hub.thread.join(TICK)
 
 
+_PROCESS_REQUEST: Final = GreenletMixIn.process_request
+
 _PLAIN: Final = frozenset({socket.socket, _backend.streams.Connection})
 
 
@@ -160,6 +162,9 @@ def _hub_of(server: Any) -> Any:
         if hub.owner == threading.get_ident():
             return hub
     hub = _backend.hub().Hub()
+    if _backend.turns is not None:
+        green = _backend.green()
+        _backend.turns.know_greenlets(type(hub), green.Connection, green.accept, green.end, _ended_by, _PROCESS_REQUEST)
     hub.server = server
     hub.thread = threading.current_thread()
     hubs.append(hub)
@@ -170,6 +175,8 @@ def _release(server: Any, hub: Any) -> None:
     """Release what a hub holds, unless requests are left in it."""
     if not hub.active:
         State.of(server).hubs.remove(hub)
+        if hub.executor is not None:
+            hub.executor.shutdown(wait=False)
         hub.end()
 
 
@@ -197,16 +204,33 @@ def _end_requests(server: Any, hub: Any) -> None:
     hub.drain()
 
 
-def _handle(server: Any, request: Any, client_address: Any) -> None:
+def _process_request_greenlet() -> Any:
+    """Return what handles a request in its greenlet."""
+    if _backend.turns is None:
+        return process_request_greenlet
+    return _backend.turns.process_request_greenlet
+
+
+def process_request_greenlet(server: Any, request: Any, client_address: Any) -> None:
     """Handle a request in its greenlet. What comes out of it beside an ``Exception`` ends ``serve_forever()``."""
     try:
         server.process_request_thread(request, client_address)
-    except Exception as error:  # of handle_error or shutdown_request: a thread would be ended by it, and say so
-        hook = _std.threading.excepthook
-        hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
-    except SystemExit:
+    except (Exception, SystemExit) as error:
+        _ended_by(error)
+
+
+def _ended_by(error: BaseException) -> None:
+    """Deal with what ``handle_error`` or ``shutdown_request`` has raised: in a thread it would end that.
+
+    Raises a ``SystemExit`` again in the main thread: most likely it is of a signal handler, which runs in whatever the
+    main thread is doing.
+    """
+    if isinstance(error, SystemExit):
         if threading.current_thread() is threading.main_thread():
-            raise  # most likely a signal handler's, which runs in whatever the main thread is doing
+            raise error
+        return
+    hook = _std.threading.excepthook
+    hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
 
 
 def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> None:
@@ -219,7 +243,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
 
     def handle() -> None:
         try:
-            _handle(server, request, client_address)
+            _process_request_greenlet()(server, request, client_address)
         finally:
             state.connections -= 1
             if isinstance(loop, Loop) and state.connections < limit:
@@ -230,6 +254,9 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
     if isinstance(loop, Loop) and state.connections >= limit:
         loop.hold()
 
+
+if _backend.turns is not None:
+    _backend.turns.know({}, {GreenletMixIn._handle_request_noblock, GreenletMixIn.get_request})
 
 if is_stdlib(socketserver.BaseServer.service_actions):
     # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.

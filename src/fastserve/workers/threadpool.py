@@ -8,12 +8,12 @@ import time
 import weakref
 from typing import Any, Final
 
-from fastserve import datagrams, pollers
+from fastserve import _backend, datagrams, pollers
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
 from fastserve.workers._following import IsShutDown, following, is_stdlib
 from fastserve.workers._pool import Limits, Pool, default_workers
-from fastserve.workers.threads import ThreadingMixIn
+from fastserve.workers.threads import ThreadingMixIn, method_for_thread
 
 POOL: Final = "_fastserve_pool"  # the key in the server's __dict__
 TICK: Final = 0.05  # seconds between two looks at the flag, while a loop's thread waits inside process_request()
@@ -65,7 +65,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
         limits = _limits(self, pool)
         if pool.is_full(limits):
             _wait_for_place(self, pool, limits)
-        pool.submit((self.process_request_thread, request, client_address), limits, self.daemon_threads)
+        pool.submit((method_for_thread(self), request, client_address), limits, self.daemon_threads)
         if pool.is_full(limits):
             loop = State.of(self).own_loop()
             if isinstance(loop, Loop):
@@ -150,6 +150,10 @@ def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
 if is_stdlib(socketserver.BaseServer.service_actions):
     # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
     quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
+
+
+if _backend.turns is not None:
+    _backend.turns.know({}, {ThreadPoolMixIn._handle_request_noblock})
 
 
 class ThreadPoolTCPServer(ThreadPoolMixIn, TCPServer):

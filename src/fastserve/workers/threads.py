@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
-from fastserve import tls
+from fastserve import _backend, tls
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers import _reuse
 from fastserve.workers._past import past
@@ -55,6 +56,15 @@ class _Threads(_STDLIB_THREADS):  # type: ignore[misc]
     def reap(self) -> None:
         """Forget the threads that have ended."""
         self[:] = (thread for thread in self if thread.is_alive())
+
+
+def method_for_thread(server: Any) -> Callable[[Any, Any], object]:
+    """Return what a thread calls with a request and its address: ``process_request_thread``, or what does the same."""
+    if _backend.turns is None:
+        method: Callable[[Any, Any], object] = server.process_request_thread
+    else:
+        method = _backend.turns.method_for_thread(server)
+    return method
 
 
 class ThreadingMixIn(socketserver.ThreadingMixIn):
@@ -107,9 +117,7 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         thread: threading.Thread
         # On a class of the stdlib, under patch(), there is no attribute of that name.
         if getattr(self, "reuse_threads", True) and _reuse.is_possible():
-            thread = _reuse.RequestThread(
-                self.process_request_thread, (request, client_address), bool(self.daemon_threads)
-            )
+            thread = _reuse.RequestThread(method_for_thread(self), (request, client_address), bool(self.daemon_threads))
         else:
             thread = _std.threading.Thread(target=self.process_request_thread, args=(request, client_address))
             thread.daemon = self.daemon_threads
@@ -121,6 +129,10 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         past(__class__, socketserver.ThreadingMixIn, self).server_close()  # type: ignore[name-defined]
         self._threads.join()
         _reuse.end_idle_threads()
+
+
+if _backend.turns is not None:
+    _backend.turns.know({"process_request_thread": ThreadingMixIn.process_request_thread})
 
 
 class ThreadingTCPServer(ThreadingMixIn, TCPServer, socketserver.ThreadingTCPServer):

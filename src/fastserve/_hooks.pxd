@@ -1,0 +1,45 @@
+# Whether a method is overridden, and how a handler class is called: for extensions that do what methods would do.
+
+from cpython.object cimport PyObject, PyTypeObject
+
+cdef extern from "Python.h":
+    PyTypeObject PyType_Type, PyBaseObject_Type
+    PyObject *_PyType_Lookup(PyTypeObject *, object)
+    object PyObject_GenericGetDict(object, void *)
+    PyObject *PyObject_GenericGetAttr(PyObject *, PyObject *)
+    int PyFunction_Check(PyObject *)
+
+cdef extern from *:
+    """
+    #define fs_new_object(cls) (PyBaseObject_Type.tp_new((PyTypeObject *)(cls), fs_no_arguments, NULL))
+    #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
+        && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
+    #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
+    /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
+       compares before it takes a method that it has found before. */
+    #define fs_version_of(cls) ((cls)->tp_version_tag)
+    static PyObject *fs_no_arguments;
+    static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
+    """
+    object fs_new_object(object)
+    bint fs_makes_plain_objects(object)
+    bint fs_finds_attributes_plainly(object)
+    unsigned int fs_version_of(PyTypeObject *)
+    PyTypeObject *fs_type_of(object)
+    PyObject *fs_no_arguments  # an empty tuple, which the module sets
+
+
+cdef inline int construct(object cls, object request, object client_address, object server) except -1:
+    """Call a handler class as ``type.__call__`` does, without packing the arguments into a tuple twice."""
+    cdef PyObject *init = NULL
+    if fs_makes_plain_objects(cls):
+        init = _PyType_Lookup(<PyTypeObject *>cls, "__init__")
+    if init == NULL or not PyFunction_Check(init):
+        cls(request, client_address, server)
+        return 0
+    function = <object>init
+    handler = fs_new_object(cls)
+    result = function(handler, request, client_address, server)
+    if result is not None:
+        raise TypeError(f"__init__() should return None, not '{type(result).__name__}'")
+    return 0
