@@ -338,6 +338,23 @@ def test_an_override_that_handles_requests_itself_gets_the_handshake_done(worker
     assert seen == [True]
 
 
+def test_a_handshake_that_fails_in_the_hands_of_an_override_is_raised_there(worker: str) -> None:
+    errors: list[Any] = []
+
+    class Server(class_of(worker)):  # type: ignore[misc]
+        process_request = fastserve.TCPServer.process_request
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            errors.append(sys.exc_info()[1])
+
+    with serving(wrapped(Server(ADDRESS, Upper))) as server:
+        with silent_client(server) as client:
+            client.sendall(b"not TLS\r\n\r\n")
+            assert is_ended(client)
+        assert ask(server) == b"HELLO\n"
+    assert [type(error) for error in errors] == [ssl.SSLError]
+
+
 def test_process_request_thread_may_be_extended_and_finish_request_replaced(worker: str) -> None:
     class Server(class_of(worker)):  # type: ignore[misc]
         def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -479,6 +496,20 @@ def test_a_failed_handshake_in_accept_does_not_stop_the_loop_for_a_while(impl: s
         (loop,) = _loop.State.of(server).loops
         assert loop._backoff.pause == 0
         assert ask(server) == b"HELLO\n"
+
+
+@pytest.mark.parametrize("mixin", ["ThreadingMixIn", "ThreadPoolMixIn"])
+def test_over_a_server_of_the_stdlib_alone_the_handshake_stays_in_accept(impl: str, mixin: str) -> None:
+    seen: list[Any] = []
+
+    class Server(getattr(fastserve, mixin), socketserver.TCPServer):  # type: ignore[misc]
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            seen.append((type(request), ssl.SSLSocket.cipher(request) is not None))
+            return True
+
+    with serving(wrapped(Server(ADDRESS, Upper))) as server:
+        assert ask(server) == b"HELLO\n"
+    assert seen == [(ssl.SSLSocket, True)]
 
 
 # http.server

@@ -287,22 +287,23 @@ def test_a_handler_that_need_not_wait_lets_others_have_their_turn() -> None:
     ticks = Seen()
     records = 200
     seen = Seen()
+    sent = threading.Event()
 
     def handle(connection: Any) -> None:
-        connection.recv(1)  # the last of them has arrived when this one is asked for again
-        connection.recv(1)
+        while not sent.is_set():
+            fastserve.sleep(0.001)
         fastserve.spawn(ticks.append, None)
-        for number in range(records):
+        for _ in range(records):
             assert connection.recv(1) == b"x"
-            if ticks:
-                seen.append(number)
-                break
+            seen.append(len(ticks))
 
     with serving(server_of(handle)) as server, client_of(server) as client:
-        for _ in range(records + 2):
+        for _ in range(records):
             client.sendall(b"x")
-        seen.wait()
-    assert seen[0] < 100
+        sent.set()
+        seen.wait(records)
+    assert seen[0] == 0  # it had no turn while the handler did not wait
+    assert seen[100] == 1
 
 
 def test_a_connection_works_in_a_thread_without_a_hub() -> None:
