@@ -264,7 +264,11 @@ class _Unfinished(ssl.SSLSocket):
     def _sslobj(self) -> Any:
         # Whatever SSLSocket does with TLS, it does with this; None where there is none, as after shutdown().
         if vars(self)["_sslobj"] is not None:
-            self.finish_handshake()
+            try:
+                self.finish_handshake()
+            except OSError as error:
+                tls.mark(error)
+                raise
         return vars(self)["_sslobj"]
 
     @_sslobj.setter
