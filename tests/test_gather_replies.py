@@ -110,6 +110,32 @@ def test_a_datagram_request_handler_is_gathered_too(impl: str) -> None:
     assert seen == [False] * 3
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_many_clients_get_their_own_replies(impl: str, is_new: bool) -> None:
+    """More addresses than a gatherer remembers, the same objects again or always new ones."""
+    log: list[bytes] = []
+
+    class Handler(fastserve.DatagramRequestHandler):
+        def setup(self) -> None:
+            super().setup()
+            if is_new:
+                self.client_address = (*self.client_address,)[:1] + self.client_address[1:]
+
+        def handle(self) -> None:
+            self.wfile.write(b"to %d" % self.client_address[1])
+            log.append(self.packet)
+            stop_after(200, log)(self)
+
+    with Server(ADDRESS, Handler) as server, contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(client_of(server)) for _ in range(100)]
+        for _ in range(2):
+            for client in clients:
+                client.send(b"x")
+        server.serve_forever(30)
+        for client in clients:
+            assert answers(client, 2) == [b"to %d" % client.getsockname()[1]] * 2
+
+
 def test_more_replies_than_fit_go_out_in_their_order(impl: str) -> None:
     log: list[bytes] = []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -75,3 +77,45 @@ def test_ignored_sigchld_hangs_nothing(impl: str) -> None:
 
 def test_an_overridden_collect_children_is_called_after_each_turn(impl: str) -> None:
     run_isolated("children", impl, "overridden")
+
+
+WATCHING = """
+import os, threading
+
+watching = []
+register = os.register_at_fork
+
+def note(**hooks):
+    watching.extend(hook.__module__ for hook in hooks.values() if hook.__module__.startswith("fastserve"))
+    register(**hooks)
+
+os.register_at_fork = note
+import fastserve
+
+def serve(name):
+    with getattr(fastserve, name)(("127.0.0.1", 0), fastserve.BaseRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        server.shutdown()
+        thread.join()
+
+print(watching)
+with fastserve.UDPServer(("127.0.0.1", 0), fastserve.BaseRequestHandler), fastserve.TCPServer(("127.0.0.1", 0), None):
+    print(watching)
+serve("ForkingTCPServer")
+serve("TCPServer")
+print(watching)
+serve("UDPServer")
+serve("UDPServer")
+print(watching)
+"""
+
+
+@pytest.mark.parametrize("no_extensions", ["0", "1"])
+def test_a_fork_runs_nothing_of_what_is_not_in_use(no_extensions: str) -> None:
+    """What a forked child runs costs it page faults, also in programs that import fastserve and do not serve."""
+    environment = {**os.environ, "FASTSERVE_NO_EXTENSIONS": no_extensions}
+    command = [sys.executable, "-c", WATCHING]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    loop, datagrams = "'fastserve._loop'", "'fastserve.datagrams'"
+    assert result.stdout.splitlines() == ["[]", "[]", f"[{loop}]", f"[{loop}, {datagrams}]"]

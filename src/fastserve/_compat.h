@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <poll.h>
 #include <stdint.h>
 #include <sys/select.h>
@@ -207,6 +208,35 @@ static inline void fs_ipv4_text(const void *address, char *text)
         *text++ = (char)('0' + value % 10);
         *text++ = i < 3 ? '.' : '\0';
     }
+}
+
+/* Several datagrams of one size to one peer as one message, which the kernel cuts up again: UDP_SEGMENT, udp(7). The last
+ * may be shorter. What the option is called is younger than some headers. */
+#define FS_SEGMENT 103
+typedef union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(uint16_t))]; } fs_control;
+
+/* Whether the kernel knows the option, and nobody has set it on the socket for purposes of their own. */
+static inline int fs_can_segment(int fd)
+{
+#if defined(__linux__)
+    int size = 0;
+    socklen_t length = sizeof size;
+    return getsockopt(fd, IPPROTO_UDP, FS_SEGMENT, &size, &length) == 0 && size == 0;
+#else
+    (void)fd;
+    return 0;
+#endif
+}
+
+static inline void fs_segment(fs_mmsghdr *message, fs_control *control, uint16_t size)
+{
+    memset(control, 0, sizeof *control);
+    control->header.cmsg_level = IPPROTO_UDP;
+    control->header.cmsg_type = FS_SEGMENT;
+    control->header.cmsg_len = CMSG_LEN(sizeof size);
+    memcpy(CMSG_DATA(&control->header), &size, sizeof size);
+    message->msg_hdr.msg_control = control;
+    message->msg_hdr.msg_controllen = sizeof control->room;
 }
 
 static inline int fs_is_closed(int fd)

@@ -13,54 +13,34 @@ from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
+from fastserve._handlers cimport Handlers
+from fastserve._hooks cimport (
+    PyObject_GenericGetDict, _PyType_Lookup, fs_finds_attributes_plainly, fs_type_of, fs_version_of,
+)
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_mmsghdr, fs_poll, fs_recvmmsg, fs_sendmmsg, htonl, htons,
-    inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
+    AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
+    fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage,
+    sockaddr_un, socklen_t,
 )
 
 cdef extern from "Python.h":
-    PyTypeObject PyType_Type, PyBaseObject_Type
-    PyObject *_PyType_Lookup(PyTypeObject *, object)
-    object PyObject_GenericGetDict(object, void *)
-    PyObject *PyObject_GenericGetAttr(PyObject *, PyObject *)
-    int PyFunction_Check(PyObject *)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
     unsigned long PyThread_get_thread_ident()
     int PySys_Audit(const char *, const char *, ...) except -1
-
-cdef extern from *:
-    """
-    #define fs_new_object(cls) (PyBaseObject_Type.tp_new((PyTypeObject *)(cls), fs_no_arguments, NULL))
-    #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
-        && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
-    #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
-    /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
-       compares before it takes a method that it has found before. */
-    #define fs_version_of(cls) ((cls)->tp_version_tag)
-    static PyObject *fs_no_arguments;
-    static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
-    """
-    object fs_new_object(object)
-    bint fs_makes_plain_objects(object)
-    bint fs_finds_attributes_plainly(object)
-    unsigned int fs_version_of(PyTypeObject *)
-    PyTypeObject *fs_type_of(object)
-    PyObject *fs_no_arguments
-
-cdef tuple _no_arguments = ()
-fs_no_arguments = <PyObject *>_no_arguments
 
 cdef enum:
     KNOWN = 64        # addresses of peers that are remembered
     LINE = 64         # bytes of a line of the processor's cache
     MOST = 64         # replies that are gathered
     LONGEST = 65507   # bytes of a datagram over IPv4
+    SEGMENT = 1232    # bytes of a datagram that any path takes in one piece: RFC 8200, the least MTU without headers
+    JOINED = 60000    # bytes that are sent as one message
     ROOM = 104        # bytes of sun_path, on the system that has the fewest
 
 cdef object _absent = object()
@@ -191,6 +171,7 @@ cdef class Turns:
     """
 
     cdef object _flag
+    cdef Handlers _handlers
     cdef PyObject *_handle_request_noblock
     cdef PyObject *_get_request
     cdef PyObject *_verify_request
@@ -205,8 +186,9 @@ cdef class Turns:
     cdef unsigned int _version
     cdef bint _class_overrides, _class_has_flag
 
-    def __cinit__(self, flag, own):
+    def __cinit__(self, flag, own, own_of_handlers):
         self._flag = flag
+        self._handlers = Handlers(own_of_handlers)
         self._own = dict(own)
         self._handle_request_noblock = <PyObject *>self._own["_handle_request_noblock"]
         self._get_request = <PyObject *>self._own["get_request"]
@@ -271,7 +253,7 @@ cdef class Turns:
         except IndexError:
             return False
         try:
-            _construct(server.RequestHandlerClass, request, client_address, server)
+            self._handlers.construct(server.RequestHandlerClass, request, client_address, server)
             plain = self._is_plain(server)
             if not plain:
                 self._end(server, request)
@@ -315,7 +297,7 @@ cdef class Turns:
                 server.process_request(request, client_address)
             else:
                 if _is_own(server, "finish_request", self._finish_request):
-                    _construct(server.RequestHandlerClass, request, client_address, server)
+                    self._handlers.construct(server.RequestHandlerClass, request, client_address, server)
                 else:
                     server.finish_request(request, client_address)
                 self._end(server, request)
@@ -342,52 +324,40 @@ cdef inline bint _is_own(object server, str name, PyObject *function) except -1:
     return name not in <dict>PyObject_GenericGetDict(server, NULL)
 
 
-cdef int _construct(object cls, object request, object client_address, object server) except -1:
-    """Call a handler class as ``type.__call__`` does, without packing the arguments into a tuple twice."""
-    cdef PyObject *init = NULL
-    if fs_makes_plain_objects(cls):
-        init = _PyType_Lookup(<PyTypeObject *>cls, "__init__")
-    if init == NULL or not PyFunction_Check(init):
-        cls(request, client_address, server)
-        return 0
-    function = <object>init
-    handler = fs_new_object(cls)
-    result = function(handler, request, client_address, server)
-    if result is not None:
-        raise TypeError(f"__init__() should return None, not '{type(result).__name__}'")
-    return 0
-
-
 cdef class Gatherer:
-    """One array of messages for sendmmsg(2); the bytes of the replies are referred to, not copied."""
+    """One array of messages for sendmmsg(2); the bytes of the replies are referred to, not copied.
+
+    Replies of one size to one peer, one behind the other, are one message, if the kernel can cut it up again.
+    """
 
     cdef object _listener, _send_now, _report
-    cdef list _replies  # (data, address), so that the data live and a failure can be told
-    cdef fs_mmsghdr _messages[MOST]
+    cdef list _replies, _addresses  # so that the data live and a failure can be told
     cdef iovec _vectors[MOST]
     cdef sockaddr_storage _names[MOST]
+    cdef socklen_t _lengths[MOST]
     cdef Py_ssize_t _first, _count  # those from the first on are not sent yet
+    cdef fs_mmsghdr _messages[MOST]
+    cdef fs_control _controls[MOST]
+    cdef bint _joins
+    cdef Py_ssize_t _alone  # those before are sent one by one
     cdef int _family
     cdef unsigned long _thread  # that which gathers, or 0
     cdef bint _flushing
-    # The last address that was translated.
-    cdef object _last
-    cdef sockaddr_storage _last_name
-    cdef socklen_t _last_length
+    # Addresses that were translated lately. A receiver gives the same object again for an address that it knows.
+    cdef list _known_addresses
+    cdef sockaddr_storage _known[KNOWN]
+    cdef socklen_t _known_lengths[KNOWN]
 
     def __cinit__(self, listener, report):
-        cdef Py_ssize_t i
         self._listener = listener
         self._send_now = listener.sendto
         self._report = report
-        self._replies = []
-        self._last = _absent
+        self._replies = [None] * MOST
+        self._addresses = [None] * MOST
+        self._known_addresses = [_absent] * KNOWN
         self._family = _family_of(listener)
+        self._joins = self._family != AF_UNIX and fs_can_segment(_descriptor_of(listener))
         memset(self._messages, 0, sizeof(self._messages))
-        for i in range(MOST):
-            self._messages[i].msg_hdr.msg_name = &self._names[i]
-            self._messages[i].msg_hdr.msg_iov = &self._vectors[i]
-            self._messages[i].msg_hdr.msg_iovlen = 1
 
     def begin(self):
         if self._thread == 0:
@@ -407,11 +377,12 @@ cdef class Gatherer:
     def forget(self):
         self._thread = 0
         self._flushing = False
-        self._first = self._count = 0
-        self._replies = []
+        self._first = self._count = self._alone = 0
+        self._replies = [None] * MOST
+        self._addresses = [None] * MOST
 
     def sendto(self, data, flags, address=_absent, /):
-        cdef socklen_t length
+        cdef size_t place = <size_t><PyObject *>flags
         if self._flushing or self._thread != PyThread_get_thread_ident():
             return self._pass_on(data, flags, address)
         if address is not _absent or (type(data) is not bytes and type(data) is not bytearray):
@@ -419,23 +390,21 @@ cdef class Gatherer:
             return self._pass_on(data, flags, address)
         if self._count == MOST:
             self.flush()
-        if flags is not self._last:
-            length = self._translate(flags)
-            if length == 0:
-                self.flush()
-                return self._pass_on(data, flags, address)
-            self._last = flags
-            self._last_length = length
+        place = ((place >> 4) ^ (place >> 10)) % KNOWN
+        if self._known_addresses[place] is not flags and not self._translate(flags, place):
+            self.flush()
+            return self._pass_on(data, flags, address)
         if len(data) > LONGEST:
             self.flush()
             return self._pass_on(data, flags, address)
         PySys_Audit("socket.sendto", "OO", <PyObject *>self._listener, <PyObject *>flags)
         kept = data if type(data) is bytes else bytes(data)
-        memcpy(&self._names[self._count], &self._last_name, self._last_length)
-        self._messages[self._count].msg_hdr.msg_namelen = self._last_length
+        memcpy(&self._names[self._count], &self._known[place], self._known_lengths[place])
+        self._lengths[self._count] = self._known_lengths[place]
         self._vectors[self._count].iov_base = PyBytes_AS_STRING(kept)
         self._vectors[self._count].iov_len = PyBytes_GET_SIZE(kept)
-        self._replies.append((kept, flags))
+        self._replies[self._count] = kept
+        self._addresses[self._count] = flags
         self._count += 1
         return PyBytes_GET_SIZE(kept)
 
@@ -444,14 +413,22 @@ cdef class Gatherer:
             return self._send_now(data, flags)
         return self._send_now(data, flags, address)
 
-    cdef socklen_t _translate(self, object address) except? 0:
-        """Write an address into ``_last_name`` and return its length; 0 for what is left to the socket to judge."""
-        cdef sockaddr_in *inet = <sockaddr_in *>&self._last_name
-        cdef sockaddr_in6 *inet6 = <sockaddr_in6 *>&self._last_name
-        cdef sockaddr_un *local = <sockaddr_un *>&self._last_name
+    cdef bint _translate(self, object address, size_t place) except -1:
+        """Remember an address at a place; return whether it is one, and not left to the socket to judge."""
+        self._known_addresses[place] = _absent
+        self._known_lengths[place] = self._write(address, &self._known[place])
+        if self._known_lengths[place] == 0:
+            return False
+        self._known_addresses[place] = address
+        return True
+
+    cdef socklen_t _write(self, object address, sockaddr_storage *name) except? 0:
+        """Write an address into ``name`` and return its length; 0 for what is left to the socket to judge."""
+        cdef sockaddr_in *inet = <sockaddr_in *>name
+        cdef sockaddr_in6 *inet6 = <sockaddr_in6 *>name
+        cdef sockaddr_un *local = <sockaddr_un *>name
         cdef Py_ssize_t offset = <char *>local.sun_path - <char *>local
-        self._last = _absent
-        memset(&self._last_name, 0, sizeof(self._last_name))
+        memset(name, 0, sizeof(sockaddr_storage))
         if self._family == AF_UNIX:
             if type(address) is str:
                 address = _os.fsencode(address)
@@ -485,33 +462,77 @@ cdef class Gatherer:
         cdef int descriptor
         cdef int result = 0
         cdef bint waited = False
+        cdef Py_ssize_t i, count
         if self._first == self._count or self._flushing or self._thread != PyThread_get_thread_ident():
             return
         self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
-        replies = self._replies
+        replies, addresses = self._replies, self._addresses
         try:
             while self._first < self._count:
                 descriptor = _descriptor_of(self._listener)
+                count = self._join()
                 with nogil:
-                    result = fs_sendmmsg(
-                        descriptor, &self._messages[self._first], <unsigned int>(self._count - self._first)
-                    )
+                    result = fs_sendmmsg(descriptor, self._messages, <unsigned int>count)
                 if result >= 0:
-                    self._first += result
+                    for i in range(result):
+                        self._first += self._messages[i].msg_hdr.msg_iovlen
                     waited = False
                 elif result == -EINTR:
                     PyErr_CheckSignals()
                 elif result == -EAGAIN:
                     _wait_writable(descriptor, waited)
                     waited = True
+                elif self._messages[0].msg_hdr.msg_iovlen > 1:
+                    # Each is to have its own error, and some routes cannot do it.
+                    self._alone = self._first + self._messages[0].msg_hdr.msg_iovlen
                 else:
-                    data, address = replies[self._first]
+                    i = self._first
                     self._first += 1
-                    self._report(error_of(-result), data, address)
-            self._first = self._count = 0
-            replies.clear()
+                    self._report(error_of(-result), replies[i], addresses[i])
+            self._first = self._count = self._alone = 0
+            for i in range(MOST):
+                if replies[i] is None:
+                    break
+                replies[i] = addresses[i] = None
         finally:
             self._flushing = False
+
+    cdef Py_ssize_t _join(self) noexcept:
+        """Make messages of the replies that are not sent yet; return how many."""
+        cdef Py_ssize_t first = self._first, count = 0, after
+        cdef fs_mmsghdr *message
+        while first < self._count:
+            after = self._end_of_run(first)
+            message = &self._messages[count]
+            message.msg_hdr.msg_name = &self._names[first]
+            message.msg_hdr.msg_namelen = self._lengths[first]
+            message.msg_hdr.msg_iov = &self._vectors[first]
+            message.msg_hdr.msg_iovlen = after - first
+            if after - first > 1:
+                fs_segment(message, &self._controls[count], <uint16_t>self._vectors[first].iov_len)
+            else:
+                message.msg_hdr.msg_control = NULL
+                message.msg_hdr.msg_controllen = 0
+            first = after
+            count += 1
+        return count
+
+    cdef Py_ssize_t _end_of_run(self, Py_ssize_t first) noexcept:
+        """Return the end of the replies that can be one message: all of one size, but for a shorter one at the end."""
+        cdef size_t size = self._vectors[first].iov_len, present = size, total = size
+        cdef Py_ssize_t after = first + 1
+        if not self._joins or first < self._alone or size > SEGMENT:
+            return after
+        while after < self._count and present == size and 0 < self._vectors[after].iov_len <= size:
+            present = self._vectors[after].iov_len
+            total += present
+            if (
+                total > JOINED or self._lengths[after] != self._lengths[first]
+                or memcmp(&self._names[after], &self._names[first], self._lengths[first]) != 0
+            ):
+                break
+            after += 1
+        return after
 
 
 cdef bint _is_number(object value, unsigned long highest):

@@ -65,9 +65,10 @@ class Turns:
 
     :param flag: the descriptor that stands for ``_BaseServer__shutdown_request`` in the class of a server.
     :param own: the methods by name that need not be called, because it is known what they do.
+    :param own_of_handlers: the like of handler classes, as ``OWN_OF_HANDLERS`` in ``handlers`` has them.
     """
 
-    def __init__(self, flag: object, own: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, flag: object, own: Mapping[str, Callable[..., Any]], own_of_handlers: tuple[Any, ...]) -> None:
         pass
 
     def run(self, server: Any, loop: Any, kept: deque[Request]) -> None:

@@ -102,6 +102,7 @@ class Loop:
             self._poller.close()
             raise
         self._is_open = True
+        _watch_forks()
         _loops.add(self)
         self._poller.register(self._wakeup.fileno())
         self._poller.register(self._listener)
@@ -381,6 +382,17 @@ def _never(server: Any, loop: Loop | SelectorLoop) -> bool:
     return False
 
 
+_watches_forks = False
+
+
+def _watch_forks() -> None:
+    """Have the next forks told, from the first loop on: what a forked child runs costs it page faults."""
+    global _watches_forks
+    if not _watches_forks and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        _watches_forks = True
+
+
 def _after_fork_in_child() -> None:
     for loop in _loops:
         loop.stale = True
@@ -388,10 +400,6 @@ def _after_fork_in_child() -> None:
         if loop._holds_signals:
             loop._holds_signals = False
             signal.set_wakeup_fd(-1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 STATE: Final = "_fastserve_state"  # the key in the server's __dict__
@@ -409,20 +417,23 @@ class State:
         self.connections = 0  # that run in greenlets, where their number is limited
         self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams
 
-    @classmethod
-    def of(cls, server: Any) -> State:
+    @staticmethod  # the bound method of a class method is one object more, in the turn of a forking server too
+    def of(server: Any) -> State:
         """Return the state of ``server``, which may be any object with a ``__dict__``."""
         attributes = getattr(server, "__dict__", None)
         if attributes is None:
-            return cls()  # a stand-in with slots: nobody else will find its loops, but it can be served
+            return State()  # a stand-in with slots: nobody else will find its loops, but it can be served
         state: State | None = attributes.get(STATE)
         # setdefault, because two threads may come here at once and must get the same object.
-        return attributes.setdefault(STATE, cls()) if state is None else state
+        return attributes.setdefault(STATE, State()) if state is None else state
 
     def own_loop(self) -> Loop | SelectorLoop | None:
         """Return the loop that runs in the calling thread, or ``None``."""
         me = threading.get_ident()
-        return next((loop for loop in self.loops if loop.owner == me), None)
+        for loop in self.loops:
+            if loop.owner == me:
+                return loop
+        return None
 
     def stop_loops(self) -> None:
         """Have all loops end, not only the first to see the flag. Any thread may call it, and a signal handler."""

@@ -1,6 +1,6 @@
 # The C declarations that the extensions use. Every fs_ function returns a value >= 0, or -errno.
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint16_t, uint32_t
 
 cdef extern from "_compat.h" nogil:
     enum:
@@ -78,11 +78,16 @@ cdef extern from "_compat.h" nogil:
         socklen_t msg_namelen
         iovec *msg_iov
         size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
         int msg_flags
 
     ctypedef struct fs_mmsghdr:
         msghdr msg_hdr
         unsigned int msg_len
+
+    ctypedef union fs_control:
+        pass
 
     unsigned short ntohs(unsigned short)
     unsigned short htons(unsigned short)
@@ -104,6 +109,8 @@ cdef extern from "_compat.h" nogil:
     int fs_recvmmsg(int, fs_mmsghdr *, unsigned int, int *)
     int fs_sendmmsg(int, fs_mmsghdr *, unsigned int)
     int fs_shutdown_and_close(int)
+    int fs_can_segment(int)
+    void fs_segment(fs_mmsghdr *, fs_control *, uint16_t)
     int fs_is_closed(int)
     int fs_write(int, const void *, size_t)
     int fs_read(int, void *, size_t)

@@ -182,7 +182,7 @@ class Connection(ssl.SSLSocket):
     # With TLS, by way of the above; without it, after unwrap() or shutdown(), those of a plain connection.
 
     _sendfile_use_sendfile = _cooperative_plain._sendfile_use_sendfile
-    _receive_all = _cooperative_plain._receive_all
+    _rest = _cooperative_plain._rest
 
     def send(self, data: Any, flags: int = 0) -> int:
         if self._sslobj is None:
@@ -224,14 +224,14 @@ class Connection(ssl.SSLSocket):
 
     def detach(self) -> int:
         """Give up the descriptor, which blocks from then on if the connection did."""
-        _green_py._forget(self)
+        _green_py._forget(_plain.fileno(self))
         fd = super().detach()
         if self._timeout is None and fd >= 0:
             os.set_blocking(fd, True)
         return fd
 
     def _real_close(self) -> None:
-        _green_py._forget(self)
+        _green_py._forget(_plain.fileno(self))
         super()._real_close()  # type: ignore[misc]
 
 
@@ -310,14 +310,15 @@ def postpone_handshake(request: Any, limit: float | None) -> None:
 
 
 def make_cooperative(request: Any) -> None:
-    """Let an ``ssl.SSLSocket`` wait in the hub from now on; leave one of a derived class as it is."""
-    if type(request) is not ssl.SSLSocket:
+    """Let an ``ssl.SSLSocket`` wait in the hub from now on; leave one of a user's class as it is."""
+    cooperative = {ssl.SSLSocket: Connection, _Unfinished: _UnfinishedCooperative}.get(type(request))
+    if cooperative is None:
         return
     timeout = request.gettimeout()
-    request.__class__ = Connection
+    request.__class__ = cooperative
     vars(request).update(_write_lock=threading.Lock(), _write_queue=deque(), _budget=_BUDGET)
     request.settimeout(timeout)
-    _green_py._forget(request)
+    _green_py._forget(_plain.fileno(request))
 
 
 Connection.__module__ = "fastserve.tls"

@@ -20,6 +20,7 @@ from fastserve import _backend
 from fastserve._datagrams_py import Request
 from fastserve._loop import STATE, Loop, SelectorLoop, State
 from fastserve.gathering import GatheringSocket, gathering_socket
+from fastserve.handlers import OWN_OF_HANDLERS
 
 MAX_BATCH: Final = 64  # datagrams, unless the server says otherwise
 MOST_BYTES: Final = 4 * 1024 * 1024  # of the buffers of one loop
@@ -51,6 +52,7 @@ class Datagrams:
         """Return the datagrams of ``server``, made now if there are none."""
         state = State.of(server)
         if state.datagrams is None:
+            _watch_forks()
             with _lock:
                 if state.datagrams is None:
                     state.datagrams = cls()
@@ -60,23 +62,27 @@ class Datagrams:
 
 _all: weakref.WeakSet[Datagrams] = weakref.WeakSet()
 _lock = threading.Lock()
-_forked = False  # whether this process is a forked child
+_imported_in = os.getpid()
+_watches_forks = False
+
+
+def _watch_forks() -> None:
+    """Have the next forks told, from the first datagram server on: what a forked child runs costs it page faults."""
+    global _watches_forks
+    if not _watches_forks and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        _watches_forks = True
 
 
 def _after_fork_in_child() -> None:
     """Leave to the parent what it has taken, and what it is about to send."""
-    global _forked, _lock
-    _forked = True
+    global _lock
     _lock = threading.Lock()
     for datagrams in list(_all):
         datagrams.kept.clear()
         datagrams.failed = None
         if datagrams.gathering is not None:
             datagrams.gathering._gatherer.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _found(server: Any) -> Datagrams | None:
@@ -172,7 +178,8 @@ def _is_shared(server: Any) -> bool:
     """
     if isinstance(server, _Forking):
         return True
-    return _forked and getattr(server._BaseServer__is_shut_down, "made_in", None) != os.getpid()
+    here = os.getpid()
+    return here != _imported_in and getattr(server._BaseServer__is_shut_down, "made_in", None) != here
 
 
 class Batches:
@@ -189,7 +196,7 @@ class Batches:
         self._datagrams = Datagrams.of(server)
         self.kept = self._datagrams.kept
         self._receiver = _backend.datagrams.Receiver()
-        self._turns = _backend.datagrams.Turns(flag, own)
+        self._turns = _backend.datagrams.Turns(flag, own, OWN_OF_HANDLERS)
 
     def are_pending(self) -> bool:
         """Return whether something is to be handled before the loop may wait."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socketserver
 from io import BytesIO
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from fastserve.streams import writer_class
 
@@ -102,3 +102,49 @@ class DatagramRequestHandler(BaseRequestHandler, socketserver.DatagramRequestHan
     def finish(self) -> None:
         """Send what was written to ``wfile`` to the client, as one datagram, even an empty one."""
         self.socket.sendto(self.wfile.getvalue(), self.client_address)  # type: ignore[attr-defined]
+
+
+def _handle(self: Any, request: Any, client_address: Any, server: Any) -> None:
+    """Do what the constructor does where ``setup()`` does nothing."""
+    self.request = request
+    self.client_address = client_address
+    self.server = server
+    try:
+        self.handle()
+    finally:
+        self.finish()
+
+
+def _handle_with_files(
+    self: Any,
+    request: Any,
+    client_address: Any,
+    server: Any,
+    packet: bytes,
+    socket: Any,
+    rfile: BytesIO,
+    wfile: BytesIO,
+) -> None:
+    """Do what the constructor does where ``setup()`` is that of :class:`DatagramRequestHandler`, with its files."""
+    self.request = request
+    self.client_address = client_address
+    self.server = server
+    self.packet = packet
+    self.socket = socket
+    self.rfile = rfile
+    self.wfile = wfile
+    try:
+        self.handle()
+    finally:
+        self.finish()
+
+
+# The constructor of a handler, a setup() and another one, and what may be called in the place of the constructor while
+# it and the one or the other setup() are not overridden.
+OWN_OF_HANDLERS: Final = (
+    BaseRequestHandler.__init__,
+    BaseRequestHandler.setup,
+    DatagramRequestHandler.setup,
+    _handle,
+    _handle_with_files,
+)
