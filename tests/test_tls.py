@@ -322,6 +322,36 @@ def test_verify_request_may_ask_for_the_certificate_of_the_client(any_worker: st
             assert is_ended(client)
 
 
+def test_a_handshake_that_fails_in_verify_request_refuses_the_client(
+    any_worker: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def verify_request(self: Any, request: Any, client_address: Any) -> bool:
+        request.getpeercert()
+        return True
+
+    with serving(server_of(any_worker, verify_request=verify_request, handshake_timeout=1.0)) as server:
+        with silent_client(server) as client:
+            client.sendall(b"not TLS\r\n\r\n")
+            assert is_ended(client)
+        with silent_client(server) as client:
+            assert is_ended(client)
+        server.handshake_timeout = LIMIT
+        assert ask(server) == b"HELLO\n"
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_verify_request_still_ends_the_loop(worker: str) -> None:
+    def verify_request(self: Any, request: Any, client_address: Any) -> bool:
+        request.close()
+        asked.set()
+        raise OSError("its own")
+
+    asked = threading.Event()
+    server = server_of(worker, verify_request=verify_request)
+    with pytest.raises(OSError, match="its own"), serving(server), silent_client(server):
+        assert asked.wait(LIMIT)
+
+
 def test_an_override_that_handles_requests_itself_gets_the_handshake_done(worker: str) -> None:
     seen: list[Any] = []
 

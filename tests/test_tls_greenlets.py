@@ -69,6 +69,7 @@ def test_the_connection_is_an_ssl_socket() -> None:
         assert client.recv(1) == b""
     (connection,) = seen
     assert isinstance(connection, ssl.SSLSocket)
+    assert type(connection) is fastserve.tls.Connection
     assert f"{type(connection).__module__}.{type(connection).__name__}" == "fastserve.tls.Connection"
 
 

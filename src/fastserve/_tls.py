@@ -12,9 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastserve import _green_py, _waiting, tasks, tls
-
-_BUDGET: Final = 64  # calls that need not wait, until it is the turn of the others
+from fastserve import _green_py, _waiting, tls
 
 _plain: Any = socket.socket
 _cooperative_plain: Any = _green_py.Connection
@@ -48,7 +46,6 @@ class Connection(ssl.SSLSocket):
     _timeout: float | None  # as the user has set it
     _write_lock: threading.Lock  # held while a write is under way: OpenSSL must get the same bytes again
     _write_queue: deque[Callable[[], object]]  # wake those that wait for the lock
-    _budget: int
 
     def gettimeout(self) -> float | None:
         return self._timeout
@@ -106,17 +103,14 @@ class Connection(ssl.SSLSocket):
 
     def _complete(self, operation: str, timeout: float | None, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of OpenSSL until it need not wait, waiting for what it asks for."""
-        if self._budget <= 0:
-            self._budget = _BUDGET
-            if _waiting.running() is not None:
-                tasks.sleep(0)
+        _waiting.pace()
         deadline = _waiting.until(timeout)
         while True:
             # OpenSSL knows the number of the descriptor, which by now may be that of another connection.
             if _plain.fileno(self) < 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             try:
-                result = call(*arguments)
+                return call(*arguments)
             except ssl.SSLWantReadError:  # a write may ask for this too, and a read for the other
                 if timeout == 0:
                     raise
@@ -125,14 +119,10 @@ class Connection(ssl.SSLSocket):
                 if timeout == 0:
                     raise
                 writing = True
-            else:
-                self._budget -= 1
-                return result
             try:
                 _waiting.wait(self, writing, deadline)
             except TimeoutError:
                 raise TimeoutError(f"The {operation} operation timed out") from None
-            self._budget = _BUDGET
 
     def _complete_alone(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Do the same when no other greenlet is in a call of this kind: OpenSSL would mix up what they send."""
@@ -182,7 +172,7 @@ class Connection(ssl.SSLSocket):
     # With TLS, by way of the above; without it, after unwrap() or shutdown(), those of a plain connection.
 
     _sendfile_use_sendfile = _cooperative_plain._sendfile_use_sendfile
-    _receive_all = _cooperative_plain._receive_all
+    _rest = _cooperative_plain._rest
 
     def send(self, data: Any, flags: int = 0) -> int:
         if self._sslobj is None:
@@ -224,14 +214,14 @@ class Connection(ssl.SSLSocket):
 
     def detach(self) -> int:
         """Give up the descriptor, which blocks from then on if the connection did."""
-        _green_py._forget(_green_py._descriptor_of(self))
+        _green_py._forget(_plain.fileno(self))
         fd = super().detach()
         if self._timeout is None and fd >= 0:
             os.set_blocking(fd, True)
         return fd
 
     def _real_close(self) -> None:
-        _green_py._forget(_green_py._descriptor_of(self))
+        _green_py._forget(_plain.fileno(self))
         super()._real_close()  # type: ignore[misc]
 
 
@@ -264,7 +254,11 @@ class _Unfinished(ssl.SSLSocket):
     def _sslobj(self) -> Any:
         # Whatever SSLSocket does with TLS, it does with this; None where there is none, as after shutdown().
         if vars(self)["_sslobj"] is not None:
-            self.finish_handshake()
+            try:
+                self.finish_handshake()
+            except OSError as error:
+                tls.mark(error)
+                raise
         return vars(self)["_sslobj"]
 
     @_sslobj.setter
@@ -306,14 +300,15 @@ def postpone_handshake(request: Any, limit: float | None) -> None:
 
 
 def make_cooperative(request: Any) -> None:
-    """Let an ``ssl.SSLSocket`` wait in the hub from now on; leave one of a derived class as it is."""
-    if type(request) is not ssl.SSLSocket:
+    """Let an ``ssl.SSLSocket`` wait in the hub from now on; leave one of a user's class as it is."""
+    cooperative = {ssl.SSLSocket: Connection, _Unfinished: _UnfinishedCooperative}.get(type(request))
+    if cooperative is None:
         return
     timeout = request.gettimeout()
-    request.__class__ = Connection
-    vars(request).update(_write_lock=threading.Lock(), _write_queue=deque(), _budget=_BUDGET)
+    request.__class__ = cooperative
+    vars(request).update(_write_lock=threading.Lock(), _write_queue=deque())
     request.settimeout(timeout)
-    _green_py._forget(_green_py._descriptor_of(request))
+    _green_py._forget(_plain.fileno(request))
 
 
 Connection.__module__ = "fastserve.tls"

@@ -82,6 +82,7 @@ cdef object _process_green = None
 # Of connections with TLS.
 cdef object _unfinished = frozenset()
 cdef object _finish_handshake = None
+cdef object _is_failed_handshake = None
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _descriptor_of = _socket.socket.fileno
@@ -130,10 +131,15 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
             seen[i].cls = NULL
 
 
-def know_handshakes(unfinished, finish_handshake):
-    """Remember the classes of connections whose handshake is to be done, and what does it and tells of its success."""
-    global _unfinished, _finish_handshake
-    _unfinished, _finish_handshake = unfinished, finish_handshake
+def know_handshakes(unfinished, finish_handshake, is_failed_handshake):
+    """Remember how the handshakes of connections with TLS are done.
+
+    :param unfinished: the classes of connections whose handshake is to be done.
+    :param finish_handshake: does it, and returns whether it succeeded.
+    :param is_failed_handshake: tells whether an ``OSError`` of ``verify_request`` is a handshake that failed in it.
+    """
+    global _unfinished, _finish_handshake, _is_failed_handshake
+    _unfinished, _finish_handshake, _is_failed_handshake = unfinished, finish_handshake, is_failed_handshake
 
 
 cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 0:
@@ -240,9 +246,16 @@ cdef int handle_request(object server, object hub) except -1:
     except OSError as error:
         _accept_failed(server, error)
         return 0
-    if not is_own(server, VERIFY, "verify_request") and not server.verify_request(request, client_address):
-        end(server, request)
-        return 0
+    if not is_own(server, VERIFY, "verify_request"):
+        try:
+            verified = server.verify_request(request, client_address)
+        except OSError as error:
+            if not _is_failed_handshake(error):
+                raise
+            verified = False
+        if not verified:
+            end(server, request)
+            return 0
     try:
         if is_own(server, PROCESS, "process_request"):
             finish(server, request, client_address)

@@ -200,7 +200,13 @@ class BaseServer(socketserver.BaseServer):
         except OSError as error:
             _accept_failed(self, error)
             return
-        if self.verify_request(request, client_address):
+        try:
+            verified = self.verify_request(request, client_address)
+        except OSError as error:
+            if not tls.is_failed_handshake(error):
+                raise
+            verified = False
+        if verified:
             try:
                 self.process_request(request, client_address)
             except Exception:

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from fastserve import _backend
 
+_MARK: Final = "_fastserve_failed_handshake"
+
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
 
 # The classes of connections whose handshake is to be done.
@@ -22,6 +24,14 @@ unfinished: Final[set[type]] = set()
 
 # The methods that do it before they handle a request, by the names under which a server has them.
 _finishers: Final[list[tuple[str, Callable[..., Any]]]] = []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Connection":
+        from fastserve import _tls
+
+        return _tls.Connection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def finishes_handshakes(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +102,16 @@ def finish_handshake(request: Any) -> bool:
     return True
 
 
+def mark(error: OSError) -> None:
+    """Note that ``error`` is a failed handshake, raised by the first call that needed it."""
+    vars(error)[_MARK] = True
+
+
+def is_failed_handshake(error: OSError) -> bool:
+    """Return whether ``error`` was marked: raised in ``verify_request`` it must not end the loop, nor be reported."""
+    return _MARK in vars(error)
+
+
 def make_cooperative(request: Any) -> None:
     """Let a connection that an override of ``get_request`` has wrapped itself wait in the hub from now on."""
     from fastserve import _tls
@@ -101,4 +121,4 @@ def make_cooperative(request: Any) -> None:
 
 
 if _backend.turns is not None:
-    _backend.turns.know_handshakes(unfinished, finish_handshake)
+    _backend.turns.know_handshakes(unfinished, finish_handshake, is_failed_handshake)

@@ -178,15 +178,15 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener: Any = getattr(server, "socket", None)
-    if type(listener) is not socket.socket and not tls.is_listener(listener):
+    listener: socket.socket | None = getattr(server, "socket", None)
+    if listener is None or not (type(listener) is socket.socket or tls.is_listener(listener)):
         return None
     if listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
         return None
     os.set_blocking(listener.fileno(), False)
-    return listener  # type: ignore[no-any-return]
+    return listener
 
 
 def _waits_for_requests(server: Any) -> bool:
@@ -209,7 +209,7 @@ def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
 def _make_cooperative(request: Any) -> None:
     if type(request) in _PLAIN:
         _backend.green().adopt(request)
-    elif type(request).__module__ == "ssl":
+    elif type(request).__module__ == "ssl" or type(request) in tls.unfinished:
         tls.make_cooperative(request)
 
 
