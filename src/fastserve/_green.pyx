@@ -122,7 +122,10 @@ cdef class _Green:
             hub.flush()
         if hub.budget <= 0:
             hub.spend()
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            return _PyConnection.recv_into(self, buffer, nbytes, flags)  # which raises what a socket does
         try:
             size = view.len
             if nbytes:
@@ -155,6 +158,11 @@ cdef class _Green:
         if mode == "rb" and (buffering is None or (type(buffering) is int and buffering != 0)):
             return Reader(self)
         return _PyConnection.makefile(self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
+
+    def accept(self):
+        accepted = _PyConnection.accept(self)
+        accepted[0].__class__ = Connection
+        return accepted
 
     def fileno(self):
         cdef Hub hub = running_hub()
