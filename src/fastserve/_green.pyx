@@ -256,7 +256,7 @@ cdef class Reader:
     cdef object sock  # the connection; None when it is closed
     cdef bytes rest  # received and not read yet, from ``position`` on
     cdef Py_ssize_t position
-    cdef bint timed_out
+    cdef bint timed_out, detached
     cdef object made_raw
     cdef object __weakref__
 
@@ -271,7 +271,7 @@ cdef class Reader:
 
     cdef object opened(self):
         if self.sock is None:
-            raise ValueError("I/O operation on closed file.")
+            raise ValueError("raw stream has been detached" if self.detached else "I/O operation on closed file.")
         return self.sock
 
     cdef int keep(self, bytes rest, Py_ssize_t position) except -1:
@@ -437,7 +437,7 @@ cdef class Reader:
             return self.take(min(wanted, self.left()))
         return self.receive_bytes(wanted) or b""
 
-    def peek(self, size=0, /):
+    def peek(self, Py_ssize_t size=0, /):
         self.opened()
         if not self.left():
             self.keep(self.receive_bytes(DEFAULT) or b"", 0)
@@ -453,6 +453,8 @@ cdef class Reader:
         cdef Py_ssize_t filled = 0
         self.opened()
         with memoryview(buffer) as given, given.cast("B") as view:
+            if view.readonly:
+                raise TypeError(f"argument must be read-write bytes-like object, not {type(buffer).__name__}")
             while filled < len(view):
                 if not self.left():
                     if once and filled:
@@ -471,12 +473,13 @@ cdef class Reader:
         return filled
 
     def readlines(self, hint=-1, /):
+        cdef Py_ssize_t most = -1 if hint is None else hint
+        cdef Py_ssize_t size = 0
         found = []
-        size = 0
         for line in self:
             found.append(line)
             size += len(line)
-            if hint is not None and 0 < hint <= size:
+            if 0 < most < size:
                 break
         return found
 
@@ -498,6 +501,8 @@ cdef class Reader:
         self.close()
 
     def close(self):
+        if self.detached:
+            self.opened()
         if self.sock is not None:
             sock = self.sock
             self.keep(b"", 0)
@@ -508,6 +513,8 @@ cdef class Reader:
 
     @property
     def closed(self):
+        if self.detached:
+            self.opened()
         return self.sock is None
 
     @property
@@ -521,6 +528,7 @@ cdef class Reader:
         raw = self.raw
         self.made_raw = None  # it is the caller's to close
         self.close()
+        self.detached = True
         return raw
 
     @property
@@ -543,7 +551,6 @@ cdef class Reader:
         return True
 
     def writable(self):
-        self.opened()
         return False
 
     def seekable(self):
@@ -557,7 +564,7 @@ cdef class Reader:
         raise _unsupported("File or stream is not seekable.")
 
     def tell(self):
-        raise _unsupported("File or stream is not seekable.")
+        raise _unsupported("seek")
 
     def truncate(self, size=None, /):
         raise _unsupported("truncate")
@@ -566,7 +573,8 @@ cdef class Reader:
         raise _unsupported("write")
 
     def writelines(self, lines, /):
-        raise _unsupported("write")
+        for line in lines:
+            self.write(line)
 
 
 cdef enum:
