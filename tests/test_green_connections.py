@@ -368,7 +368,11 @@ def sendfile(c: Any) -> Any:
         file.seek(0)
         found = [send_file(c, file), send_file(c, file, 10), send_file(c, file, 5, 100), send_file(c, file, BIG + 1)]
         found += [send_file(c, empty), send_file(c, proc), send_file(c, io.BytesIO(b"in memory"), 3)]
-        found += [attempt(c.sendfile, file, -1), attempt(c.sendfile, file, 0, -1), attempt(c.sendfile, io.StringIO("x"))]
+        found += [
+            attempt(c.sendfile, file, -1),
+            attempt(c.sendfile, file, 0, -1),
+            attempt(c.sendfile, io.StringIO("x")),
+        ]
         c.settimeout(5)
         found.append(send_file(c, file))
         c.setblocking(False)
