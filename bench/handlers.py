@@ -34,6 +34,12 @@ class Lines(socketserver.StreamRequestHandler):
             self.wfile.write(line)
 
 
+class TimedLines(Lines):
+    """The same with a deadline for every wait."""
+
+    timeout = 60
+
+
 class OneShot(socketserver.BaseRequestHandler):
     """Send back what comes first; the server then closes the connection."""
 

@@ -2,8 +2,8 @@
 
 ``core``, ``streams`` and ``datagrams`` are the modules in use, and ``implementation`` is their name, ``"c"`` or
 ``"py"``. ``threads`` and ``turns`` are ``None`` without the extensions: they have no twin. The extensions are used on
-CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is
-there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
+CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An
+extension that is there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from libc.string cimport memchr, memcpy, memset
 from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._hub cimport CORK, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
+from fastserve._hub cimport (
+    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all,
+)
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, close_descriptor, fs_accept, fs_recv, fs_send, fs_shutdown_and_close,
     sockaddr, sockaddr_storage, socklen_t,
@@ -47,7 +49,7 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room)
             if size >= 0:
                 if size < room and size > 0 and not slot.peculiar:
                     slot.drained = True
-                hub.budget -= 1
+                hub.budget -= CALL + <int>(size // PER_UNIT)
                 return size
             if size == -EINTR:
                 PyErr_CheckSignals()
@@ -86,7 +88,7 @@ cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) exc
             return 0
     sent = fs_send(fd, data, size, MSG_DONTWAIT)
     if sent == size:
-        hub.budget -= 1
+        hub.budget -= CALL
         return 0
     if sent < 0:
         if sent != -EAGAIN and sent != -EINTR:
@@ -305,6 +307,18 @@ cdef class Reader:
     cdef Py_ssize_t left(self):
         return PyBytes_GET_SIZE(self.rest) - self.position
 
+    cdef int begin(self) except -1:
+        """Begin a read. Others have their turn also while there is much to read that was received already."""
+        cdef Hub hub
+        if self.left():
+            hub = running_hub()
+            if hub is not None and type(self.sock) is Connection:
+                hub.budget -= 1
+                if hub.budget <= 0:
+                    hub.spend()
+        self.opened()
+        return 0
+
     cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room) except -2:
         """Receive into the scratch of the hub; -1 if nothing is there and the connection does not wait."""
         if self.timed_out:
@@ -345,7 +359,7 @@ cdef class Reader:
         cdef const char *begin
         cdef bytes line
         limit = -1 if size is None else size
-        self.opened()
+        self.begin()
         length = self.left()
         if length:
             begin = PyBytes_AS_STRING(self.rest) + self.position
@@ -405,7 +419,7 @@ cdef class Reader:
     def read(self, size=-1, /):
         cdef list parts
         cdef Py_ssize_t wanted = -1 if size is None else size
-        self.opened()
+        self.begin()
         if wanted < -1:
             raise ValueError("read length must be non-negative or -1")
         if 0 <= wanted <= self.left():
@@ -428,7 +442,7 @@ cdef class Reader:
 
     def read1(self, size=-1, /):
         cdef Py_ssize_t wanted = size
-        self.opened()
+        self.begin()
         if wanted < 0:
             wanted = DEFAULT
         if wanted == 0:
@@ -451,7 +465,7 @@ cdef class Reader:
 
     def fill(self, buffer, bint once):
         cdef Py_ssize_t filled = 0
-        self.opened()
+        self.begin()
         with memoryview(buffer) as given, given.cast("B") as view:
             if view.readonly:
                 raise TypeError(f"argument must be read-write bytes-like object, not {type(buffer).__name__}")

@@ -7,6 +7,7 @@ call every method, and the program cannot tell the difference but by looking at 
 """
 
 import socket as _socket_module
+import socketserver as _socketserver
 
 import _socket
 
@@ -28,6 +29,8 @@ cdef extern from "Python.h":
 
 cdef tuple _no_arguments = ()
 fs_no_arguments = <PyObject *>_no_arguments
+
+cdef object _absent = object()
 
 cdef str FLAG = "_BaseServer__shutdown_request"
 
@@ -76,7 +79,11 @@ cdef object _accept_green = None
 cdef object _end_green = None
 cdef object _ended_by = None
 cdef object _process_green = None
+# Of connections with TLS.
+cdef object _unfinished = frozenset()
+cdef object _finish_handshake = None
 
+cdef object _plain_socket = _socket_module.socket
 cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
 
@@ -112,7 +119,7 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
     :param connection: the class of connections that wait in a hub.
     :param accept: called with a listener; returns such a connection and the address of its client.
     :param end: called with a connection; shuts it down and closes it.
-    :param ended_by: called with what has come out of a request and would have ended its thread.
+    :param ended_by: called with what has come out of a request and would have ended its thread, and the request.
     :param process_request: the method of the mix-in, which need not be called where there is no limit of connections.
     """
     global _Hub, _GreenConnection, _accept_green, _end_green, _ended_by, _process_green
@@ -123,15 +130,22 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
             seen[i].cls = NULL
 
 
+def know_handshakes(unfinished, finish_handshake):
+    """Remember the classes of connections whose handshake is to be done, and what does it and tells of its success."""
+    global _unfinished, _finish_handshake
+    _unfinished, _finish_handshake = unfinished, finish_handshake
+
+
 cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 0:
     cdef unsigned int own = LOOKED
     cdef int i
     place.cls = NULL
-    if fs_finds_attributes_plainly(server):
+    # A stand-in with slots for a server has no __dict__ to look into.
+    if fs_finds_attributes_plainly(server) and (<object>cls).__dictoffset__ != 0:
         for i, name in enumerate(NAMES):
             for base in (<object>cls).__mro__:
-                found = vars(base).get(name)
-                if found is not None and not any(found is function for function in _passing):
+                found = vars(base).get(name, _absent)
+                if found is not _absent and not any(found is function for function in _passing):
                     if any(found is function for function in _own[name]):
                         own |= 1 << i
                     elif found is _process_green and found is not None:
@@ -216,10 +230,13 @@ def run(server, loop):
 cdef int handle_request(object server, object hub) except -1:
     """Do what ``_handle_request_noblock`` does, ``get_request`` included."""
     try:
-        if hub is not None:
-            request, client_address = _accept_green(server.socket)
+        listener = server.socket
+        if type(listener) is not _plain_socket:
+            request, client_address = server.get_request()
+        elif hub is not None:
+            request, client_address = _accept_green(listener)
         else:
-            request, client_address = accept_from(server.socket, _Connection)
+            request, client_address = accept_from(listener, _Connection)
     except OSError as error:
         _accept_failed(server, error)
         return 0
@@ -266,6 +283,7 @@ cdef int end(object server, object request) except -1:
         or not is_own(server, CLOSE, "close_request")
         or not is_plain_connection()
         or request._io_refs > 0
+        or _socketserver.socket is not _socket_module
     ):
         server.shutdown_request(request)
         return 0
@@ -306,10 +324,21 @@ cdef inline bint is_plain_connection() except -1:
     return _connection_is_plain
 
 
+cdef inline bint is_ready(object request) except -1:
+    """Return whether a request may be handled. The handshake of a connection with TLS may be to be done first."""
+    return (
+        type(request) is _Connection
+        or type(request) is _GreenConnection
+        or type(request) not in _unfinished
+        or _finish_handshake(request)
+    )
+
+
 def process_request_thread(server, request, client_address):
     """Do what ``ThreadingMixIn.process_request_thread`` does."""
     try:
-        finish(server, request, client_address)
+        if is_ready(request):
+            finish(server, request, client_address)
     except Exception:
         server.handle_error(request, client_address)
     finally:
@@ -323,13 +352,14 @@ def process_request_greenlet(server, request, client_address):
             server.process_request_thread(request, client_address)
             return
         try:
-            finish(server, request, client_address)
+            if is_ready(request):
+                finish(server, request, client_address)
         except Exception:
             server.handle_error(request, client_address)
         finally:
             end(server, request)
-    except (Exception, SystemExit) as error:
-        _ended_by(error)
+    except BaseException as error:
+        _ended_by(error, request)
 
 
 cdef object _in_thread = process_request_thread

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import socketserver
 import threading
 from typing import Any, Final
 
-from fastserve import _backend, _waiting
+from fastserve import _backend, _waiting, tls
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following, is_stdlib
-from fastserve.workers._watchdog import Watchdog
+from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
 _std: Any = socketserver  # see server.py
@@ -45,7 +46,7 @@ class GreenletMixIn(ThreadingMixIn):
 
     max_connections: int | None = None
 
-    slow_handler_seconds = 0.1
+    slow_handler_seconds = SLOW_HANDLER_SECONDS
 
     _BaseServer__shutdown_request = vars(BaseServer)["_BaseServer__shutdown_request"]
 
@@ -99,10 +100,13 @@ class GreenletMixIn(ThreadingMixIn):
         get_request = super().get_request  # type: ignore[misc]
         if (
             getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
-            and type(self.socket) is socket.socket  # type: ignore[attr-defined]
             and _waiting.running() is not None
         ):
-            return _backend.green().accept(self.socket)  # type: ignore[attr-defined]
+            listener = self.socket  # type: ignore[attr-defined]
+            if type(listener) is socket.socket:
+                return _backend.green().accept(listener)
+            if tls.is_listener(listener):
+                return tls.accept(self, True)
         return get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -114,10 +118,8 @@ class GreenletMixIn(ThreadingMixIn):
         if hub is None or hub.server is not self:
             self.process_request_thread(request, client_address)
             return
-        if type(request) in _PLAIN:
-            _backend.green().adopt(request)
         if self.max_connections is None:
-            hub.start(_process_request_greenlet(), self, request, client_address)
+            start(hub, self, request, client_address)
         else:
             _start_counted(self, hub, request, client_address)
 
@@ -176,13 +178,15 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener = server.socket
-    if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
+    listener: Any = getattr(server, "socket", None)
+    if type(listener) is not socket.socket and not tls.is_listener(listener):
+        return None
+    if listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
         return None
     os.set_blocking(listener.fileno(), False)
-    return listener
+    return listener  # type: ignore[no-any-return]
 
 
 def _waits_for_requests(server: Any) -> bool:
@@ -196,6 +200,19 @@ def _end_requests(server: Any, hub: Any) -> None:
     hub.drain()
 
 
+def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
+    """Have a greenlet of the hub handle a request."""
+    _make_cooperative(request)
+    hub.start(_process_request_greenlet(), server, request, client_address)
+
+
+def _make_cooperative(request: Any) -> None:
+    if type(request) in _PLAIN:
+        _backend.green().adopt(request)
+    elif type(request).__module__ == "ssl":
+        tls.make_cooperative(request)
+
+
 def _process_request_greenlet() -> Any:
     """Return what handles a request in its greenlet."""
     if _backend.turns is None:
@@ -204,23 +221,26 @@ def _process_request_greenlet() -> Any:
 
 
 def process_request_greenlet(server: Any, request: Any, client_address: Any) -> None:
-    """Handle a request in its greenlet. What comes out of it beside an ``Exception`` ends ``serve_forever()``."""
+    """Handle a request in its greenlet. What comes out of it is told, as if it had ended a thread."""
     try:
         server.process_request_thread(request, client_address)
-    except (Exception, SystemExit) as error:
-        _ended_by(error)
+    except BaseException as error:
+        _ended_by(error, request)
 
 
-def _ended_by(error: BaseException) -> None:
-    """Deal with what ``handle_error`` or ``shutdown_request`` has raised: in a thread it would end that.
+def _ended_by(error: BaseException, request: Any) -> None:
+    """Deal with what has come out of a request, and would have ended its thread.
 
-    Raises a ``SystemExit`` again in the main thread: most likely it is of a signal handler, which runs in whatever the
-    main thread is doing.
+    In the main thread what is no ``Exception`` ends ``serve_forever()``, and is raised again: most likely it is of a
+    signal handler, which runs in whatever the main thread is doing, such as closing this request.
     """
-    if isinstance(error, SystemExit):
-        if threading.current_thread() is threading.main_thread():
-            raise error
-        return
+    # There is no greenlet without this module, and no need for it elsewhere.
+    if isinstance(error, importlib.import_module("greenlet").GreenletExit):
+        raise error
+    if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+        if isinstance(request, socket.socket):
+            request.close()
+        raise error
     hook = _std.threading.excepthook
     hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
 
@@ -241,6 +261,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
             if isinstance(loop, Loop) and state.connections < limit:
                 loop.resume()
 
+    _make_cooperative(request)
     state.connections += 1
     hub.start(handle)
     if isinstance(loop, Loop) and state.connections >= limit:
