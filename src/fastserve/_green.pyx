@@ -124,7 +124,10 @@ cdef class _Green:
             hub.flush()
         if hub.budget <= 0:
             hub.spend()
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            return _PyConnection.recv_into(self, buffer, nbytes, flags)  # which raises what a socket does
         try:
             size = view.len
             if nbytes:
@@ -157,6 +160,11 @@ cdef class _Green:
         if mode == "rb" and (buffering is None or (type(buffering) is int and buffering != 0)):
             return Reader(self)
         return _PyConnection.makefile(self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
+
+    def accept(self):
+        accepted = _PyConnection.accept(self)
+        accepted[0].__class__ = Connection
+        return accepted
 
     def fileno(self):
         cdef Hub hub = running_hub()
@@ -250,7 +258,7 @@ cdef class Reader:
     cdef object sock  # the connection; None when it is closed
     cdef bytes rest  # received and not read yet, from ``position`` on
     cdef Py_ssize_t position
-    cdef bint timed_out
+    cdef bint timed_out, detached
     cdef object made_raw
     cdef object __weakref__
 
@@ -265,7 +273,7 @@ cdef class Reader:
 
     cdef object opened(self):
         if self.sock is None:
-            raise ValueError("I/O operation on closed file.")
+            raise ValueError("raw stream has been detached" if self.detached else "I/O operation on closed file.")
         return self.sock
 
     cdef int keep(self, bytes rest, Py_ssize_t position) except -1:
@@ -443,7 +451,7 @@ cdef class Reader:
             return self.take(min(wanted, self.left()))
         return self.receive_bytes(wanted) or b""
 
-    def peek(self, size=0, /):
+    def peek(self, Py_ssize_t size=0, /):
         self.opened()
         if not self.left():
             self.keep(self.receive_bytes(DEFAULT) or b"", 0)
@@ -459,6 +467,8 @@ cdef class Reader:
         cdef Py_ssize_t filled = 0
         self.begin()
         with memoryview(buffer) as given, given.cast("B") as view:
+            if view.readonly:
+                raise TypeError(f"argument must be read-write bytes-like object, not {type(buffer).__name__}")
             while filled < len(view):
                 if not self.left():
                     if once and filled:
@@ -477,12 +487,13 @@ cdef class Reader:
         return filled
 
     def readlines(self, hint=-1, /):
+        cdef Py_ssize_t most = -1 if hint is None else hint
+        cdef Py_ssize_t size = 0
         found = []
-        size = 0
         for line in self:
             found.append(line)
             size += len(line)
-            if hint is not None and 0 < hint <= size:
+            if 0 < most < size:
                 break
         return found
 
@@ -504,6 +515,8 @@ cdef class Reader:
         self.close()
 
     def close(self):
+        if self.detached:
+            self.opened()
         if self.sock is not None:
             sock = self.sock
             self.keep(b"", 0)
@@ -514,6 +527,8 @@ cdef class Reader:
 
     @property
     def closed(self):
+        if self.detached:
+            self.opened()
         return self.sock is None
 
     @property
@@ -527,6 +542,7 @@ cdef class Reader:
         raw = self.raw
         self.made_raw = None  # it is the caller's to close
         self.close()
+        self.detached = True
         return raw
 
     @property
@@ -549,7 +565,6 @@ cdef class Reader:
         return True
 
     def writable(self):
-        self.opened()
         return False
 
     def seekable(self):
@@ -563,7 +578,7 @@ cdef class Reader:
         raise _unsupported("File or stream is not seekable.")
 
     def tell(self):
-        raise _unsupported("File or stream is not seekable.")
+        raise _unsupported("seek")
 
     def truncate(self, size=None, /):
         raise _unsupported("truncate")
@@ -572,7 +587,8 @@ cdef class Reader:
         raise _unsupported("write")
 
     def writelines(self, lines, /):
-        raise _unsupported("write")
+        for line in lines:
+            self.write(line)
 
 
 cdef enum:
