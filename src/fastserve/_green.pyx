@@ -15,7 +15,9 @@ from libc.string cimport memchr, memcpy, memset
 from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._hub cimport CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
+from fastserve._hub cimport (
+    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all,
+)
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, close_descriptor, fs_accept, fs_recv, fs_send, fs_shutdown_and_close,
     sockaddr, sockaddr_storage, socklen_t,
