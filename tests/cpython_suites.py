@@ -1,11 +1,12 @@
 """Run CPython's own test suites with fastserve in the place of socketserver, and compare with the plain stdlib.
 
-    python tests/cpython_suites.py [--as module|patch] [TEST ...]
+    python tests/cpython_suites.py [--as module|patch|greenlets] [TEST ...]
 
 ``--as module`` puts the package into ``sys.modules["socketserver"]`` before anything is imported; ``--as patch``
-applies ``fastserve.patch()``. The suites mostly wait, and run side by side. A test that fails counts only if it fails
-again when its suite is run once more and alone, because some suites look at the clock; and if it passes on the plain
-stdlib, on the same Python and machine. What is left decides the exit status.
+applies ``fastserve.patch()``, and ``--as greenlets`` applies ``fastserve.patch(threading="greenlet")``. The suites
+mostly wait, and run side by side. A test that fails counts only if it fails again when its suite is run once more and
+alone, because some suites look at the clock; and if it passes on the plain stdlib, on the same Python and machine. What
+is left decides the exit status.
 ``MiscTestCase.test_all`` of test_socketserver asks for the module's name, and may differ under ``--as module``.
 """
 
@@ -42,11 +43,12 @@ how = sys.argv.pop(1)
 if how == "module":
     import fastserve
     sys.modules["socketserver"] = fastserve
-elif how == "patch":
+elif how != "plain":
     import fastserve
-    fastserve.patch()
+    fastserve.patch(threading="greenlet" if how == "greenlets" else "thread")
     import socketserver
     assert socketserver.TCPServer.get_request is fastserve.TCPServer.get_request
+    assert hasattr(socketserver.ThreadingMixIn, "serve_forever") is (how == "greenlets")
 if how != "plain":
     import os
     wanted = "py" if os.environ.get("FASTSERVE_NO_EXTENSIONS", "") not in ("", "0") else "c"
@@ -104,7 +106,7 @@ def run(how: str, suite: str) -> Outcome:
 def main() -> int:
     """Run the suites and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--as", dest="how", choices=["module", "patch"], default="module")
+    parser.add_argument("--as", dest="how", choices=["module", "patch", "greenlets"], default="module")
     parser.add_argument("suites", nargs="*", default=SUITES, metavar="TEST")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(AT_ONCE) as pool:

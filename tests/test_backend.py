@@ -148,3 +148,24 @@ assert failure is None, failure
 def test_a_subinterpreter_uses_the_twin_and_serves() -> None:
     result = run(SUBINTERPRETER)
     assert result.stdout == "py\n", result.stderr
+
+
+HOOKS = """
+import os, socket
+registered = set()
+os.register_at_fork = lambda **hooks: registered.update(hook.__module__ for hook in hooks.values())
+import fastserve
+print(sorted(registered & {"fastserve._loop", "fastserve._threads", "fastserve.workers._pool"}))
+with fastserve.ThreadingTCPServer(("127.0.0.1", 0), lambda request, address, server: server.shutdown()) as server:
+    with socket.create_connection(server.server_address):
+        server.serve_forever()
+print(sorted(registered & {"fastserve._loop", "fastserve._threads", "fastserve.workers._pool"}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this platform has no fork")
+@pytest.mark.parametrize("no_extensions", [pytest.param("0", marks=needs_c), "1"])
+def test_a_fork_calls_no_hook_of_a_loop_or_a_thread_before_there_is_one(no_extensions: str) -> None:
+    result = run(HOOKS, no_extensions)
+    there_then = ["fastserve._loop", "fastserve._threads"] if no_extensions == "0" else ["fastserve._loop"]
+    assert result.stdout.splitlines() == ["[]", str(there_then)], result.stderr

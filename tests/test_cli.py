@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import py_compile
 import re
@@ -28,7 +29,9 @@ MODULE = [sys.executable, "-m", "fastserve"]
 QUICK = 20.0  # seconds; a bound for a busy machine, below the time for which a client waits
 SCRIPT = [str(Path(sys.executable).with_name("fastserve"))]
 
+NEEDS_GREENLET = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed")
 WORKERS = [
+    pytest.param("greenlet", marks=NEEDS_GREENLET),
     "sync",
     "threads",
     "threadpool",
@@ -63,6 +66,12 @@ class Pid(fastserve.BaseRequestHandler):
         self.request.sendall(b"%d\\n" % os.getpid())
         self.request.recv(1)
 
+class Sleeping(fastserve.BaseRequestHandler):
+    def handle(self):
+        import time
+        self.request.sendall(b"asleep")
+        time.sleep(3600)
+
 class Options(fastserve.BaseRequestHandler):
     def handle(self):
         names = "request_queue_size", "allow_reuse_address"
@@ -71,6 +80,11 @@ class Options(fastserve.BaseRequestHandler):
 class Workers(fastserve.BaseRequestHandler):
     def handle(self):
         self.request.sendall(repr(self.server.max_workers).encode())
+
+class Connections(fastserve.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(repr(self.server.max_connections).encode())
+        self.request.recv(1)
 
 not_callable = 3
 """
@@ -117,7 +131,9 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     """Read the line that tells the address, from the pipe that is the server's standard output."""
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork)\); Ctrl-C stops\n", line)
+    found = re.fullmatch(
+        r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork|greenlet)\); Ctrl-C stops\n", line
+    )
     assert found, (line, server.stderr.read() if not line else "")
     return found[1]
 
@@ -198,6 +214,12 @@ def test_version() -> None:
         ("run", "fastserve run", "SCRIPT is required"),
         ("run --nope", "fastserve run", "--nope"),
         ("run -m", "fastserve run", "-m"),
+        ("run --worker", "fastserve run", "--worker"),
+        ("run --worker greenlet", "fastserve run", "MODULE or a SCRIPT"),
+        ("run --worker sync handlers.py", "fastserve run", "'sync'"),
+        ("run --worker=nope -m handlers", "fastserve run", "'nope'"),
+        ("run --worker greenlet -m", "fastserve run", "-m"),
+        pytest.param("run --worker greenlet -m nope", "fastserve run", "No module named nope", marks=NEEDS_GREENLET),
         ("run nope.py", "fastserve run", "nope.py': No such file"),
         ("run -m nope", "fastserve run", "No module named nope"),
         ("run -m nope.more", "fastserve run", "'nope.more'"),
@@ -221,6 +243,8 @@ def test_version() -> None:
         ("serve handlers:Lines --worker nope", "fastserve serve", "'nope'"),
         ("serve handlers:Lines --max-workers 2", "fastserve serve", "--worker threadpool"),
         ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
+        ("serve handlers:Lines --max-connections 2", "fastserve serve", "--worker greenlet"),
+        ("serve handlers:Lines --worker greenlet --max-connections 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),
@@ -601,6 +625,70 @@ def test_max_workers_is_that_of_the_pool(here: Path, options: list[str], expecte
         assert client.recv(100) == expected
 
 
+@NEEDS_GREENLET
+@pytest.mark.parametrize(("options", "expected"), [([], b"None"), (["--max-connections", "2"], b"2")])
+def test_max_connections_is_that_of_the_greenlets(here: Path, options: list[str], expected: bytes) -> None:
+    arguments = ["handlers:Connections", "--bind", "127.0.0.1:0", "--worker", "greenlet", *options]
+    with started("serve", *arguments) as server:
+        address = address_of(server)
+        with connect(address) as first, connect(address) as second, connect(address) as third:
+            assert first.recv(100) == second.recv(100) == expected
+            if options:
+                third.settimeout(0.1)
+                with pytest.raises(TimeoutError):
+                    third.recv(100)
+                third.settimeout(60)
+                first.close()
+            assert third.recv(100) == expected
+        stop(server)
+
+
+@NEEDS_GREENLET
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path, signum: int) -> None:
+    with started("serve", "handlers:Sleeping", "--bind", "127.0.0.1:0", "--worker", "greenlet") as server:
+        with connect(address_of(server)) as client:
+            assert client.recv(100) == b"asleep"
+            server.send_signal(signum)
+            assert server.wait(QUICK) == 0
+            assert "Traceback" not in server.stderr.read()
+
+
+@NEEDS_GREENLET
+@pytest.mark.parametrize("option", ["--worker greenlet", "--worker=greenlet", "--worker threads --worker=greenlet"])
+def test_run_with_greenlets_leaves_the_programs_arguments_alone(here: Path, option: str) -> None:
+    source = "import sys, fastserve; print(sys.argv[1:], bool(fastserve.patched('greenlet')))"
+    (here / "program.py").write_text(source)
+    for program in ["program.py"], ["-m", "program"], ["--", "program.py"]:
+        shown = cli("run", *option.split(), *program, "--worker", "sync", "--help")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert shown.stdout == "['--worker', 'sync', '--help'] True\n"
+    assert cli("run", "program.py", *option.split()).stdout == f"{option.split()} False\n"
+
+
+NO_GREENLET = "import sys; sys.modules['greenlet'] = None; from fastserve.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve handlers:Lines --worker greenlet",
+        "run --worker greenlet -m http.server 0",
+        "run --worker=greenlet handlers.py",
+        "bench handlers:Lines --worker greenlet",
+    ],
+)
+def test_without_greenlet_one_line_names_the_extra_and_the_status_is_2(here: Path, arguments: str) -> None:
+    failed = run([sys.executable, "-c", NO_GREENLET, *arguments.split()])
+    assert_refused(failed, f"fastserve {arguments.split()[0]}", 'pip install "fastserve[greenlet]"')
+
+
+def test_info_says_why_there_are_no_greenlets(here: Path) -> None:
+    shown = run([sys.executable, "-c", NO_GREENLET, "info"])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert re.search(r"^greenlets: +not available \(.*greenlet.*\)$", shown.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 def test_an_error_of_a_handler_is_shown_and_the_server_goes_on(here: Path, worker: str) -> None:
     with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--worker", worker) as server:
@@ -690,6 +778,7 @@ def test_info_tells_what_is_here(here: Path) -> None:
     found = facts()
     assert found["fastserve"] == fastserve.__version__
     assert found["implementation"].split()[0] == fastserve.implementation
+    assert re.fullmatch(r"c|py|not available \(.+\)", found["greenlets"])
     assert found["poller"] == pollers.poller_name()
     assert found["python"].split()[1] == sys.version.split()[0]
     assert "GIL" in found["python"]

@@ -21,6 +21,8 @@ SCRIPT = Path(__file__).with_name("cpython_suites.py")
 COMBINATIONS = (
     [("c", "module"), ("c", "patch"), ("py", "module")] if "c" in TWINS else [("py", "module"), ("py", "patch")]
 )
+if importlib.util.find_spec("greenlet") is not None:
+    COMBINATIONS.append((COMBINATIONS[0][0], "greenlets"))
 TIME_LIMIT = 900  # seconds
 
 

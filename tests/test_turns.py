@@ -140,6 +140,43 @@ def test_a_method_that_a_handler_overrides_is_called_at_the_end_of_its_request(s
     assert log == calls(server, hook, 2)
 
 
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_a_method_that_is_overridden_with_nothing_is_called_all_the_same(module: ModuleType, where: str) -> None:
+    server = new_server(module.TCPServer)
+    place: Any = type(server) if where == "class" else server
+    place.get_request = None
+    with server, socket.create_connection(server.server_address):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            server.serve_forever(TICK)
+
+
+def test_a_stand_in_for_a_server_needs_no_dict(module: ModuleType) -> None:
+    base: Any = module.TCPServer
+    names = ["serve_forever", *(name for name in HOOKS if hasattr(base, name)), "fileno", "handle_error"]
+
+    class StandIn:
+        __slots__ = ("RequestHandlerClass", "_BaseServer__is_shut_down", "_BaseServer__shutdown_request", "socket")
+
+    for name in names:
+        setattr(StandIn, name, getattr(base, name))
+    log: list[bytes] = []
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        log.append(request.recv(100))
+        server._BaseServer__shutdown_request = True
+
+    server: Any = StandIn()
+    server.socket = socket.create_server(ADDRESS)
+    server.RequestHandlerClass = handler
+    server._BaseServer__is_shut_down = threading.Event()
+    server._BaseServer__shutdown_request = False
+    with server.socket, socket.create_connection(server.socket.getsockname()) as client:
+        client.sendall(b"line")
+        server.serve_forever(TICK)
+        assert client.recv(1) == b""
+    assert log == [b"line"]
+
+
 def test_a_class_that_finds_its_attributes_itself_is_asked_for_each_method(server_class: Any) -> None:
     log: list[str] = []
 

@@ -3,7 +3,8 @@
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, fs_ipv4_text, inet_ntop, ntohl, ntohs, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un, socklen_t,
+    AF_INET, AF_INET6, fs_ipv4_text, inet_ntop, ntohl, ntohs, sockaddr_in, sockaddr_in6, sockaddr_storage, sockaddr_un,
+    socklen_t,
 )
 
 cdef extern from "Python.h":

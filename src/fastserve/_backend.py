@@ -2,8 +2,8 @@
 
 ``core``, ``streams`` and ``datagrams`` are the modules in use, and ``implementation`` is their name, ``"c"`` or
 ``"py"``. ``threads`` and ``turns`` are ``None`` without the extensions: they have no twin. The extensions are used on
-CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is
-there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
+CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An
+extension that is there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal
 
-from fastserve import _core_py, _datagrams_py, _streams_py
+from fastserve import _core_py, _datagrams_py, _green_py, _streams_py
 
 EXTENSION: Final = "fastserve._core"
 
@@ -73,13 +73,40 @@ implementation: Final[Literal["c", "py"]] = "py" if core is _core_py else "c"
 
 
 def hub() -> ModuleType:
-    """Return the module of the greenlet hub."""
-    return importlib.import_module("fastserve._hub")
+    """Return the module of the greenlet hub: ``_hub`` beside the C core, if it was built, else ``_hub_py``.
+
+    Raises ``ImportError`` if greenlet is not installed, or if an extension is there but does not load, and
+    ``RuntimeError`` in a process where no hub can run.
+    """
+    if monkey_patched():
+        raise RuntimeError(
+            "GreenletMixIn cannot serve in a process that gevent or eventlet has patched, where each thread is a "
+            "greenlet of theirs: use ThreadingMixIn there"
+        )
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise RuntimeError("GreenletMixIn needs the GIL: run this Python with PYTHON_GIL=1, or use ThreadingMixIn")
+    return _greenlet_twin("_hub")
 
 
 def green() -> ModuleType:
-    """Return the module of the connections that wait in a hub."""
-    return importlib.import_module("fastserve._green")
+    """Return the module of the connections that wait in a hub; raises what :func:`hub` raises for an import."""
+    return _green_py if implementation == "py" else _greenlet_twin("_green")
+
+
+def _greenlet_twin(name: str) -> ModuleType:
+    """Return one of the extensions that need greenlet, or its Python twin where it was not built."""
+    names = [f"fastserve.{name}_py"] if implementation == "py" else [f"fastserve.{name}", f"fastserve.{name}_py"]
+    for full_name in names:
+        try:
+            return sys.modules.get(full_name) or importlib.import_module(full_name)
+        except ModuleNotFoundError as error:
+            if error.name == "greenlet":
+                raise ImportError(
+                    'GreenletMixIn needs the package greenlet: pip install "fastserve[greenlet]"', name="greenlet"
+                ) from error
+            if error.name not in names[:-1]:
+                raise
+    raise AssertionError("the Python twins are always there")
 
 
 def monkey_patched() -> bool:

@@ -11,6 +11,7 @@ import _socket
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject, PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
@@ -18,6 +19,10 @@ from libc.string cimport memcmp, memcpy, memset, strlen
 
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
+from fastserve._handlers cimport Handlers
+from fastserve._hooks cimport (
+    PyObject_GenericGetDict, _PyType_Lookup, fs_finds_attributes_plainly, fs_type_of, fs_version_of,
+)
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
     fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage,
@@ -25,12 +30,9 @@ from fastserve._syscalls cimport (
 )
 
 cdef extern from "Python.h":
-    object PyObject_GenericGetDict(object, void *)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
     unsigned long PyThread_get_thread_ident()
     int PySys_Audit(const char *, const char *, ...) except -1
-
-include "_handlers.pxi"
 
 cdef enum:
     KNOWN = 64        # addresses of peers that are remembered

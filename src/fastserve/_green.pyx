@@ -17,11 +17,9 @@ from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._hub cimport CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
 from fastserve._syscalls cimport (
-    AF_INET, AF_INET6, AF_UNIX, fs_recv, fs_send, fs_shutdown_and_close, sockaddr, sockaddr_storage, socklen_t,
+    AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, close_descriptor, fs_accept, fs_recv, fs_send, fs_shutdown_and_close,
+    sockaddr, sockaddr_storage, socklen_t,
 )
-
-cdef extern from "_hub.h" nogil:
-    int fs_accept_nonblocking(int, sockaddr *, socklen_t *)
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _PyConnection = _green_py.Connection
@@ -45,7 +43,7 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room)
             raise error_of(9)  # EBADF
         slot = hub.slot_of(connection, fd)
         if not slot.drained or deadline == 0.0:
-            size = fs_recv(fd, data, room, 0)
+            size = fs_recv(fd, data, room, MSG_DONTWAIT)
             if size >= 0:
                 if size < room and size > 0 and not slot.peculiar:
                     slot.drained = True
@@ -74,15 +72,19 @@ cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) exc
     if slot.unread > 0 or hub.corked:
         if hub.corked and (hub.cork_owner is not connection or hub.corked + size > CORK):
             hub.flush()
-        if size <= CORK and (hub.corked or hub.slots[fd].unread > 0):
+            fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
+            if fd < 0:
+                raise error_of(9)
+            slot = hub.slot_of(connection, fd)
+        if size <= CORK and (hub.corked or (slot.unread > 0 and not slot.exposed and deadline_of(connection) != 0.0)):
             if hub.corked == 0:
                 hub.cork_owner = connection
             memcpy(hub.cork + hub.corked, data, size)
             hub.corked += size
-            if hub.slots[fd].unread == 0:
+            if slot.unread == 0:
                 hub.flush()
             return 0
-    sent = fs_send(fd, data, size, 0)
+    sent = fs_send(fd, data, size, MSG_DONTWAIT)
     if sent == size:
         hub.budget -= CALL
         return 0
@@ -154,6 +156,13 @@ cdef class _Green:
             return Reader(self)
         return _PyConnection.makefile(self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
 
+    def fileno(self):
+        cdef Hub hub = running_hub()
+        cdef int fd = descriptor_of(self)
+        if hub is not None and fd >= 0:
+            hub.expose(self, fd)
+        return fd
+
     def close(self):
         cdef Hub hub = running_hub()
         cdef int fd
@@ -168,8 +177,10 @@ cdef class _Green:
             if hub is not None and hub.corked and hub.cork_owner is self:
                 hub.flush()
         finally:
-            forget(fd)
-            _close(self)
+            fd = descriptor_of(self)  # asked for again after a wait
+            if fd >= 0:
+                forget(fd)
+                _close(self)
 
 
 class Connection(_Green, _PyConnection):
@@ -177,6 +188,11 @@ class Connection(_Green, _PyConnection):
     __doc__ = _green_py.Connection.__doc__
     __slots__ = ()
     __new__ = _plain_socket.__new__
+
+
+def adopt(connection):
+    connection.__class__ = Connection
+    forget(descriptor_of(connection))
 
 
 def accept(listener):
@@ -191,21 +207,19 @@ def accept(listener):
     if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
         return _green_py.accept(listener)
     memset(&storage, 0, sizeof(storage))
-    fd = fs_accept_nonblocking(descriptor_of(listener), <sockaddr *>&storage, &length)
+    fd = fs_accept(descriptor_of(listener), <sockaddr *>&storage, &length)
     if fd < 0:
         raise error_of(-fd)
-    address = address_of(&storage, length, family)
-    return _adopt(family, _type_of(listener), _proto_of(listener), fd), address
-
-
-cdef object _adopt(object family, object type, object proto, int fd):
-    """Return the connection of a descriptor that does not block."""
-    connection = Connection.__new__(Connection)
-    _init_socket(connection, family, type, proto, fd)
+    try:
+        connection = Connection.__new__(Connection)
+        _init_socket(connection, family, _type_of(listener), _proto_of(listener), fd)
+    except BaseException:
+        close_descriptor(fd)
+        raise
     connection._io_refs = 0
     connection._closed = False
     forget(fd)
-    return connection
+    return connection, address_of(&storage, length, family)
 
 
 def end(connection):
@@ -492,6 +506,8 @@ cdef class Reader:
             sock = self.sock
             self.keep(b"", 0)
             self.sock = None
+            if self.made_raw is not None:
+                self.made_raw.close()
             sock._decref_socketios()
 
     @property
@@ -507,12 +523,13 @@ cdef class Reader:
 
     def detach(self):
         raw = self.raw
+        self.made_raw = None  # it is the caller's to close
         self.close()
         return raw
 
     @property
     def name(self):
-        return self.opened().fileno()
+        return -1 if self.sock is None else self.sock.fileno()
 
     @property
     def mode(self):

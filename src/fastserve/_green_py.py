@@ -5,17 +5,22 @@ The C twin derives from the class that is here, and does the calls that make up 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-import stat
+from collections.abc import Iterator
 from typing import Any, Final
+
+import _socket
 
 from fastserve import _streams_py, _waiting
 
-_DONTWAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)
+# The descriptor itself blocks if the connection does, so that whoever else gets it (a program that the handler starts,
+# another process, a library) finds it as it expects it: only the calls here do not wait.
+_DONTWAIT: Final = socket.MSG_DONTWAIT if hasattr(socket, "MSG_DONTWAIT") else 0
 _GiveUp: Final[type[Exception]] = vars(socket)["_GiveupOnSendfile"]
-_SENDFILE_AT_ONCE: Final = 0x7FFF0000  # bytes; the most that one call takes: sendfile(2)
+_SENDFILE_AT_ONCE: Final = 2**30  # bytes
 
 _plain: Any = socket.socket
 
@@ -23,134 +28,140 @@ _plain: Any = socket.socket
 class Connection(_streams_py.Connection):
     """A connection whose calls let other greenlets go on while they wait.
 
-    It is a ``socket.socket``, and blocks, or times out, as one for who calls it; its descriptor is non-blocking. In a
-    thread without a hub it waits as any socket.
+    It is a ``socket.socket``, and blocks, or times out, as one for who calls it. In a thread without a hub it waits as
+    any socket. Closing it ends the waits for it, which raise the ``OSError`` of a closed socket.
     """
 
     __slots__ = ()
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
-        _forget(self)
-        os.set_blocking(_plain.fileno(self), False)
+        _forget(_descriptor_of(self))
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        if flags & _DONTWAIT:
-            return _plain.recv(self, bufsize, flags)
-        if flags & socket.MSG_WAITALL:
-            return self._receive_all(bufsize, flags)
-        return _waiting.retry(self, False, _plain.recv, bufsize, flags)
+        data: bytes = _receive(self, _plain.recv, flags, bufsize)
+        if _waits_for_all(self, flags) and 0 < len(data) < bufsize:
+            data += self._rest(bufsize - len(data), flags)
+        return data
 
-    def _receive_all(self, bufsize: int, flags: int) -> bytes:
-        flags &= ~socket.MSG_WAITALL
+    def _rest(self, bufsize: int, flags: int) -> bytes:
+        """Receive what MSG_WAITALL is still to wait for: all of it, until the end of the stream or an error."""
         parts = []
-        while bufsize > 0 and (part := self.recv(bufsize, flags)):
-            parts.append(part)
-            bufsize -= len(part)
-            if flags & socket.MSG_PEEK:
-                break  # it would be the same again
+        with contextlib.suppress(OSError):  # what came before it is returned: recv(2)
+            while bufsize > 0 and (part := self.recv(bufsize, flags & ~socket.MSG_WAITALL)):
+                parts.append(part)
+                bufsize -= len(part)
         return b"".join(parts)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        if flags & _DONTWAIT:
-            return _plain.recv_into(self, buffer, nbytes, flags)
-        return _waiting.retry(self, False, _plain.recv_into, buffer, nbytes, flags & ~socket.MSG_WAITALL)
+        size: int = _receive(self, _plain.recv_into, flags, buffer, nbytes)
+        if _waits_for_all(self, flags):
+            with memoryview(buffer) as given, given.cast("B") as view:
+                wanted = nbytes or len(view)
+                with contextlib.suppress(OSError):
+                    while 0 < size < wanted and (
+                        part := self.recv_into(view[size:wanted], 0, flags & ~socket.MSG_WAITALL)
+                    ):
+                        size += part
+        return size
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
-        if flags & _DONTWAIT:
-            return _plain.recvfrom(self, bufsize, flags)
-        return _waiting.retry(self, False, _plain.recvfrom, bufsize, flags)
+        data, address = _receive(self, _plain.recvfrom, flags, bufsize)
+        if _waits_for_all(self, flags) and 0 < len(data) < bufsize:
+            data += self._rest(bufsize - len(data), flags)
+        return data, address
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        if flags & _DONTWAIT:
-            return _plain.recvfrom_into(self, buffer, nbytes, flags)
-        return _waiting.retry(self, False, _plain.recvfrom_into, buffer, nbytes, flags)
+        found: tuple[int, Any] = _receive(self, _plain.recvfrom_into, flags, buffer, nbytes)
+        return found
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        if flags & _DONTWAIT:
-            return _plain.recvmsg(self, bufsize, ancbufsize, flags)
-        return _waiting.retry(self, False, _plain.recvmsg, bufsize, ancbufsize, flags)
+        return _receive(self, _plain.recvmsg, flags, bufsize, ancbufsize)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        if flags & _DONTWAIT:
-            return _plain.recvmsg_into(self, buffers, ancbufsize, flags)
-        return _waiting.retry(self, False, _plain.recvmsg_into, buffers, ancbufsize, flags)
+        return _receive(self, _plain.recvmsg_into, flags, list(buffers), ancbufsize)
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        _flush(self)
-        if flags & _DONTWAIT:
-            return _plain.send(self, data, flags)
-        sent: int = _waiting.retry(self, True, _plain.send, data, flags)
-        if self.gettimeout() is not None:
-            return sent
-        # The kernel takes all of it from a socket that blocks, unless it is interrupted: send(2).
-        with memoryview(data) as given, given.cast("B") as view:
-            while sent < len(view):
-                try:
-                    sent += _waiting.retry(self, True, _plain.send, view[sent:], flags)
-                except OSError:
-                    break  # the next call meets it again; this one has sent something
+        _flush()
+        sent: int = _call(self, True, _plain.send, flags, data)
+        if self.gettimeout() is None and not flags & _DONTWAIT:
+            # The kernel takes all of it from a socket that blocks, unless it is interrupted: send(2).
+            with _bytes_of(data) as view:
+                return sent + self._send_rest(view, sent, flags)
         return sent
 
+    def _send_rest(self, view: memoryview, start: int, flags: int) -> int:
+        """Send what is left of a message, up to an error: the next call meets that again."""
+        sent = start
+        with contextlib.suppress(OSError):
+            while sent < len(view):
+                sent += _call(self, True, _plain.send, flags, view[sent:])
+        return sent - start
+
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        _flush(self)
-        timeout = self.gettimeout()
-        deadline = _waiting.until(timeout)
+        _flush()
+        deadline = _waiting.until(self.gettimeout())
         sent = 0
-        with memoryview(data) as given, given.cast("B") as view:
+        with _bytes_of(data) as view:
             while True:
-                if timeout is None or timeout == 0 or _waiting.is_ready(_plain.fileno(self), True):
-                    try:
-                        sent += _plain.send(self, view[sent:], flags)
-                    except BlockingIOError:
-                        if timeout == 0:
-                            raise
-                    else:
-                        if sent == len(view):
-                            return
-                        if timeout is not None:
-                            continue
-                _waiting.wait(self, True, deadline)
+                sent += _call(self, True, _plain.send, flags, view[sent:], deadline=deadline)
+                if sent == len(view):
+                    return
 
     def sendto(self, data: Any, *arguments: Any) -> int:
-        _flush(self)
-        return _waiting.retry(self, True, _plain.sendto, data, *arguments)
+        _flush()
+        if len(arguments) not in (1, 2):
+            return _plain.sendto(self, data, *arguments)  # type: ignore[no-any-return]  # which says what is wrong
+        flags, address = arguments if len(arguments) == 2 else (0, *arguments)
+        sent: int = _waiting.retry(
+            self, True, lambda sock: _plain.sendto(sock, data, flags | _DONTWAIT, address), bool(flags & _DONTWAIT)
+        )
+        return sent
 
     def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /) -> int:
-        _flush(self)
-        if flags & _DONTWAIT:
-            return _plain.sendmsg(self, buffers, ancdata, flags, address)
-        parts = [bytes(part) for part in buffers]
-        sent: int = _waiting.retry(self, True, _plain.sendmsg, parts, ancdata, flags, address)
-        if self.gettimeout() is None and self.type == socket.SOCK_STREAM and sent < sum(map(len, parts)):
-            return sent + self.send(b"".join(parts)[sent:], flags)
+        _flush()
+        parts = [memoryview(part).tobytes() for part in buffers]
+        ancdata = list(ancdata)
+        sent: int = _waiting.retry(
+            self,
+            True,
+            lambda sock: _plain.sendmsg(sock, parts, ancdata, flags | _DONTWAIT, address),
+            bool(flags & _DONTWAIT),
+        )
+        if sent and self.gettimeout() is None and not flags & _DONTWAIT:
+            with memoryview(b"".join(parts)) as view:
+                return sent + self._send_rest(view, sent, flags)
         return sent
 
     def _sendfile_use_sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file from the kernel: what ``sendfile()`` tries first."""
-        self._check_sendfile_params(file, offset, count)
+        if not hasattr(os, "sendfile"):
+            raise _GiveUp("os.sendfile() not available on this platform")
+        _plain._check_sendfile_params(self, file, offset, count)
         try:
             descriptor = file.fileno()
-            status = os.fstat(descriptor)
+            size = os.fstat(descriptor).st_size
         except (AttributeError, OSError) as error:
-            raise _GiveUp(error) from None
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise _GiveUp("not a regular file, or an empty one")
-        if self.gettimeout() == 0:
+            raise _GiveUp(error) from None  # not a regular file
+        if not size:
+            return 0
+        timeout = self.gettimeout()
+        if timeout == 0:
             raise ValueError("non-blocking sockets are not supported")
-        _flush(self)
-        deadline = _waiting.until(self.gettimeout())
+        _flush()
         sent = 0
         try:
-            while count is None or sent < count:
-                size = _SENDFILE_AT_ONCE if count is None else min(count - sent, _SENDFILE_AT_ONCE)
+            while not count or sent < count:
+                at_once = min(count - sent, _SENDFILE_AT_ONCE) if count else _SENDFILE_AT_ONCE
                 try:
-                    done = os.sendfile(_plain.fileno(self), descriptor, offset + sent, size)
+                    _waiting.pace()
+                    with _not_blocking(self):
+                        done = os.sendfile(_descriptor_of(self), descriptor, offset + sent, at_once)
                 except BlockingIOError:
-                    _waiting.wait(self, True, deadline)
+                    _waiting.wait(self, True, _waiting.until(timeout))
                     continue
                 except OSError as error:
-                    if sent == 0 and error.errno != errno.ENOTCONN:
+                    if sent == 0:
                         raise _GiveUp(error) from None
                     raise
                 if done == 0:
@@ -162,76 +173,160 @@ class Connection(_streams_py.Connection):
                 file.seek(offset + sent)
 
     def connect(self, address: Any, /) -> None:
-        error = self.connect_ex(address)
-        if error == errno.ETIMEDOUT and self.gettimeout() is not None:
-            raise TimeoutError("timed out")
+        error = self._connect(address)
         if error:
             raise OSError(error, os.strerror(error))
 
     def connect_ex(self, address: Any, /) -> int:
-        timeout = self.gettimeout()
-        if timeout:
-            _plain.settimeout(self, 0)  # else the call itself would wait
         try:
-            error: int = _plain.connect_ex(self, address)
-        finally:
-            if timeout:
-                _plain.settimeout(self, timeout)
-        if error != errno.EINPROGRESS or timeout == 0:
-            return error
-        try:
-            _waiting.wait(self, True, _waiting.until(timeout))
+            return self._connect(address)
         except TimeoutError:
-            return errno.ETIMEDOUT
+            return errno.EWOULDBLOCK  # as that of a plain socket
+
+    def _connect(self, address: Any) -> int:
+        timeout = self.gettimeout()
+        deadline = _waiting.until(timeout)
+        while True:
+            with _not_blocking(self):
+                error: int = _plain.connect_ex(self, address)
+            if timeout == 0 or error not in (errno.EINPROGRESS, errno.EAGAIN):
+                return error
+            if error == errno.EINPROGRESS:
+                break
+            # The backlog of a Unix socket is full, and nothing tells when it is no longer: unix(7).
+            _waiting.sleep(_RETRY_CONNECT, deadline)
+        while not _waiting.is_ready(_descriptor_of(self), True):
+            _waiting.wait(self, True, deadline)
         return self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        fd, address = _waiting.retry(self, False, _plain._accept)
+        def take(listener: socket.socket) -> Any:
+            with _not_blocking(listener):
+                return _plain._accept(listener)
+
+        fd, address = _waiting.retry(self, False, take)
         return Connection(self.family, self.type, self.proto, fileno=fd), address
 
     def settimeout(self, value: float | None, /) -> None:
+        _flush()
         _plain.settimeout(self, value)
-        if value is None:
-            os.set_blocking(_plain.fileno(self), False)
 
     def setblocking(self, flag: bool, /) -> None:
-        self.settimeout(None if flag else 0.0)
+        _flush()
+        _plain.setblocking(self, flag)
+
+    def fileno(self) -> int:
+        """Return the descriptor. What was written before has been sent then, and what is written later is at once."""
+        fd = _descriptor_of(self)
+        hub = _waiting.running()
+        if hub is not None and fd >= 0:
+            hub.expose(self, fd)
+        return fd
 
     def shutdown(self, how: int, /) -> None:
-        _flush(self)
+        _flush()
         _plain.shutdown(self, how)
 
     def detach(self) -> int:
-        """Give up the descriptor, which blocks from then on if the connection did."""
-        _flush(self)
-        _forget(self)
-        timeout = self.gettimeout()
+        """Give up the descriptor, which blocks if the connection did. Waits for it end as if it were closed."""
+        _flush()
         fd: int = _plain.detach(self)
-        if timeout is None and fd >= 0:
-            os.set_blocking(fd, True)
+        _forget(fd)
         return fd
 
-    def _real_close(self, _ss: Any = socket.socket) -> None:
+    def _real_close(self, _ss: Any = _socket.socket) -> None:
         try:
-            _flush(self)
+            _flush()
         finally:
-            _forget(self)
-            _ss.close(self)
+            # In this order: who waits looks again, finds it closed, and does not wait for another of this number.
+            fd = _ss.detach(self)
+            if fd >= 0:
+                _forget(fd)
+                socket.close(fd)
 
 
-def _flush(connection: socket.socket) -> None:
+_RETRY_CONNECT: Final = 0.01  # seconds
+
+_descriptor_of: Final = _socket.socket.fileno
+
+
+def _call(
+    connection: Connection, writing: bool, method: Any, flags: int, data: Any, *more: Any, deadline: Any = _waiting.OWN
+) -> Any:
+    """Call a method that takes flags last, until it need not wait."""
+    return _waiting.retry(
+        connection,
+        writing,
+        lambda sock: method(sock, data, *more, flags | _DONTWAIT),
+        bool(flags & _DONTWAIT),
+        deadline,
+    )
+
+
+def _receive(connection: Connection, method: Any, flags: int, *arguments: Any) -> Any:
+    _flush()
+    return _call(connection, False, method, flags & ~getattr(socket, "MSG_WAITALL", 0), *arguments)
+
+
+def _waits_for_all(connection: Connection, flags: int) -> bool:
+    """Return whether a call waits for all that it asks for. With a timeout no socket does; recv(2)."""
+    return bool(
+        flags & getattr(socket, "MSG_WAITALL", 0)
+        and not flags & (_DONTWAIT | socket.MSG_PEEK)
+        and connection.gettimeout() is None
+        and connection.type == socket.SOCK_STREAM
+    )
+
+
+@contextlib.contextmanager
+def _not_blocking(connection: socket.socket) -> Iterator[None]:
+    """Have the descriptor not block, for the calls that have no flags."""
+    timeout = connection.gettimeout()
+    if timeout == 0:
+        yield
+        return
+    _plain.settimeout(connection, 0)
+    try:
+        yield
+    finally:
+        if _descriptor_of(connection) >= 0:
+            _plain.settimeout(connection, timeout)
+
+
+def _bytes_of(data: Any) -> memoryview:
+    """Return the bytes of a buffer of whatever format."""
+    with memoryview(data) as view:
+        try:
+            return view.cast("B")
+        except (TypeError, ValueError):  # of a format, or a shape, that cannot be cast
+            return memoryview(view.tobytes())
+
+
+def _flush() -> None:
     """Send what the hub has gathered of earlier replies."""
     hub = _waiting.running()
     if hub is not None:
         hub.send_gathered()
 
 
-def _forget(connection: socket.socket) -> None:
-    """Let every hub forget the descriptor: it changes hands."""
-    fd = _plain.fileno(connection)
+def _forget(fd: int) -> None:
+    """Let every hub forget a descriptor: it changes hands."""
     if fd >= 0:
         for hub in list(_waiting.hubs):
             hub.forget(fd)
+
+
+def adopt(connection: socket.socket) -> None:
+    """Make a plain socket, accepted by whomever, a :class:`Connection`."""
+    connection.__class__ = Connection
+    _forget(_descriptor_of(connection))
+
+
+def end(connection: socket.socket) -> None:
+    """Shut a connection down and close it."""
+    with contextlib.suppress(OSError):  # the client has gone
+        connection.shutdown(socket.SHUT_WR)
+    connection.close()
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, Any]:

@@ -15,15 +15,18 @@ cdef extern from *:
     #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
         && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
     #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
+    #define fs_has_plain_attributes(cls) \
+        ((cls)->tp_getattro == PyObject_GenericGetAttr && (cls)->tp_setattro == PyObject_GenericSetAttr)
     /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
        compares before it takes a method that it has found before. */
     #define fs_version_of(cls) ((cls)->tp_version_tag)
     static PyObject *fs_no_arguments;
-    static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
+    static inline PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
     """
     object fs_new_object(object)
     bint fs_makes_plain_objects(object)
     bint fs_finds_attributes_plainly(object)
+    bint fs_has_plain_attributes(PyTypeObject *)
     unsigned int fs_version_of(PyTypeObject *)
     PyTypeObject *fs_type_of(object)
     PyObject *fs_no_arguments  # an empty tuple, which the module sets

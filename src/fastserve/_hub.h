@@ -29,21 +29,6 @@ static inline int fs_watch(int epfd, int operation, int fd, uint32_t events, uin
 
 static inline uint64_t fs_tag(const struct epoll_event *event) { return event->data.u64; }
 
-static inline int fs_accept_nonblocking(int listener, struct sockaddr *address, socklen_t *length)
-{
-    int fd = accept4(listener, address, length, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    return fd < 0 ? -errno : fd;
-}
-
-static inline int fs_set_nonblocking(int fd, int nonblocking)
-{
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0)
-        return -errno;
-    int wanted = nonblocking ? flags | O_NONBLOCK : flags & ~O_NONBLOCK;
-    return wanted == flags || fcntl(fd, F_SETFL, wanted) == 0 ? 0 : -errno;
-}
-
 /* The beginning of a socket of the module _socket, in every CPython from 3.11 to 3.15. Its methods would tell the same
  * at some thirty times the cost; whether it still is so is asked at import, and they are asked if not. */
 typedef struct {

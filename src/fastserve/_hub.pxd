@@ -41,6 +41,7 @@ cdef struct Slot:
     uint32_t generation
     bint registered  # with epoll, for good
     bint drained  # the last read got less than it asked for: without an event there is nothing to read
+    bint exposed  # somebody has the descriptor itself: nothing is gathered
     bint peculiar  # a short read does not mean that: it is a Unix socket, or has been hung up, or has urgent data
 
 
@@ -53,7 +54,7 @@ cdef class Task:
     cdef double deadline  # of the wait, INFINITY without one
     cdef Py_ssize_t place  # in the heap of timers, -1 outside
     cdef double heap_deadline
-    cdef bint woken, queued, timed_out, ending
+    cdef bint begun, woken, queued, timed_out, ending
     cdef readonly bint killed
 
 
@@ -64,12 +65,15 @@ cdef class Hub:
     cdef epoll_event events[MAX_EVENTS]
     cdef int event_count, next_event
     cdef readonly Task root
-    cdef Task current, urgent
+    cdef Task current
+    cdef Task urgent  # who is to go on before all others
+    cdef Task beginning  # who the root is to switch to
     cdef void **ready  # a ring of Tasks, references
     cdef size_t ready_room, ready_head, ready_count, ready_in_turn
     cdef void **timers  # a heap of Tasks, references
     cdef Py_ssize_t timer_count, timer_room
-    cdef list pool, tasks, root_ready
+    cdef list pool, root_ready
+    cdef dict tasks  # by greenlet
     cdef set root_fds, muted
     cdef bint root_waits, root_drains
     cdef object failure
@@ -95,6 +99,7 @@ cdef class Hub:
     cdef int wait_as_root(self, double deadline) except -1
     cdef Slot *slot_of(self, object connection, int fd) except NULL
     cdef void clear_slot(self, int fd)
+    cdef void forget_slot(self, int fd)
     cdef int grow(self, int fd) except -1
     cdef Task this_task(self)
     cdef int wait_for(self, object connection, int fd, bint writing, double deadline) except -1

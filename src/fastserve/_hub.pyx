@@ -22,7 +22,9 @@ from libc.string cimport memcpy, memset
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
-from fastserve._syscalls cimport AF_UNIX, close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send
+from fastserve._syscalls cimport (
+    AF_INET, AF_INET6, MSG_DONTWAIT, close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send,
+)
 
 from greenlet import GreenletExit
 
@@ -35,6 +37,8 @@ cdef extern from "greenlet.h":
     PyObject *PyGreenlet_Switch(PyGreenlet *, PyObject *, PyObject *) except NULL
 
 cdef extern from "_hub.h" nogil:
+    enum:
+        SOCK_STREAM
     int fs_knows_sockets
     void fs_know_sockets(PyObject *, int, PyObject *, double)
     int fs_descriptor_of(PyObject *)
@@ -54,6 +58,7 @@ cdef enum:
 
 cdef object _descriptor_method = _socket.socket.fileno
 cdef object _family_of = _socket.socket.family.__get__
+cdef object _type_of = _socket.socket.type.__get__
 cdef object _timeout_of = _socket.socket.gettimeout
 # What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child, and
 # with them the connections of the parent.
@@ -109,10 +114,12 @@ cdef class Task:
             context = PyContext_New()
             PyContext_Enter(context)
             try:
-                if not self.killed:
+                try:
+                    # One that was killed before it began too, so that it releases what it was given: its waits raise.
                     self.function(*self.arguments)
-                if hub.corked:
-                    hub.end_flush()
+                finally:
+                    if hub.corked:
+                        hub.end_flush()
             except GreenletExit:
                 pass
             except BaseException as error:
@@ -126,11 +133,11 @@ cdef class Task:
             self.function = self.arguments = None
             self.killed = False
             hub.finished(self)
-            if len(hub.pool) >= POOLED or self.ending:
+            if len(hub.pool) >= POOLED or self.ending or hub.epoll < 0:
                 break
             hub.pool.append(self)
             hub.park_task(self)
-        hub.tasks.remove(self)
+        del hub.tasks[self.greenlet]
         # The greenlet goes on in its parent, the root, which looks again what there is to do.
 
 
@@ -151,7 +158,7 @@ cdef class Hub:
         self.epoll = result
         self.owner = _threading.get_ident()
         self.pool = []
-        self.tasks = []
+        self.tasks = {}
         self.root_ready = []
         self.root_fds = set()
         self.muted = set()
@@ -162,6 +169,7 @@ cdef class Hub:
         self.root = self.current = Task(self)
         self.root.greenlet = <object>PyGreenlet_GetCurrent()
         Py_DECREF(self.root.greenlet)
+        self.root.woken = True
         self.register(self.wakeup_fd)
         _waiting.hubs.append(self)
 
@@ -188,6 +196,8 @@ cdef class Hub:
     def enter(self):
         if fs_hub_get() != NULL:
             raise RuntimeError("a hub runs in this thread already")
+        if _threading.get_ident() != self.owner:
+            raise RuntimeError("a hub runs in the thread that has made it")
         fs_hub_set(<void *>self)
         _waiting.local.hub = self
 
@@ -206,15 +216,16 @@ cdef class Hub:
     def end(self):
         """End the greenlets of the pool, and release the descriptors. Called by the root, when no task runs."""
         cdef Task task
+        if self.epoll < 0 or self.stale:
+            return
         while self.pool:
             task = self.pool.pop()
             task.ending = True
             task.woken = True
             self.switch(self.root, task)
-        if self.epoll >= 0:
-            close_descriptor(self.epoll)
-            self.epoll = -1
-            _waiting.hubs.remove(self)
+        close_descriptor(self.epoll)
+        self.epoll = -1
+        _waiting.hubs.remove(self)
         self.wakeup.close()
 
     def forget_parent(self):
@@ -224,12 +235,14 @@ cdef class Hub:
         self.cork_owner = None
         self.leave()
         _inherited.append(self)
-        _inherited.extend(self.tasks)
 
     # The interface of a poller, for the root.
 
     def register(self, int fd):
-        cdef int result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, EPOLLIN, <uint64_t>fd)
+        cdef int result
+        if fd < 0:
+            raise ValueError(f"Invalid file descriptor: {fd}")
+        result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, EPOLLIN, <uint64_t>fd)
         if result < 0:
             raise error_of(-result)
         self.root_fds.add(fd)
@@ -238,6 +251,8 @@ cdef class Hub:
         if fd in self.root_fds and not self.stale:  # a forked child shares the epoll of its parent
             self.root_fds.remove(fd)
             self.muted.discard(fd)
+            if fd in self.root_ready:
+                self.root_ready.remove(fd)
             fs_watch(self.epoll, EPOLL_CTL_DEL, fd, 0, 0)  # it may have been closed: the kernel has forgotten it then
 
     def wait(self, timeout=None):
@@ -270,16 +285,17 @@ cdef class Hub:
 
     def start(self, function, *arguments):
         """Begin a task at once, in the calling greenlet's place; go on when it waits for the first time, or has ended."""
-        cdef Task task = self.new_task(function, arguments)
-        cdef Task me = self.this_task()
+        cdef Task task, me
         if self.corked:
             self.flush()
+        task = self.new_task(function, arguments)
+        me = self.this_task()
         if self.urgent is not None:  # only one can be next
             self.wake_task(task)
             return
         me.woken = False
         self.urgent = me
-        task.woken = True
+        task.begun = task.woken = True
         self.switch(me, task)
         while not me.woken:
             task = self.next_task()
@@ -301,7 +317,7 @@ cdef class Hub:
             task = Task(self)
             task.greenlet = <object>PyGreenlet_New(<PyObject *>task, <PyGreenlet *>self.root.greenlet)
             Py_DECREF(task.greenlet)
-            self.tasks.append(task)
+            self.tasks[task.greenlet] = task
         task.function = function
         task.arguments = arguments
         self.active += 1
@@ -335,6 +351,8 @@ cdef class Hub:
     def drain(self, timeout=None):
         """Let the tasks go on until all have ended; return whether they have. The root calls it."""
         cdef double deadline = INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+        if self.stale:
+            return True  # they are the parent's
         self.root_drains = True
         try:
             while self.active:
@@ -348,10 +366,15 @@ cdef class Hub:
     def kill(self):
         """Have every wait of every task raise ``GreenletExit``, from now on."""
         cdef Task task
-        for task in self.tasks:
+        for task in self.tasks.values():
             if task.function is not None and task is not self.current:
                 task.killed = True
                 self.wake_task(task)
+
+    def pace(self):
+        if self.budget <= 0:
+            self.spend()
+        self.budget -= 1
 
     def arguments(self):
         """Return the arguments of the tasks that run, for whoever looks from another thread."""
@@ -359,7 +382,10 @@ cdef class Hub:
         return None if task is None else task.arguments
 
     def forget(self, int fd):
-        """A new connection has this descriptor."""
+        self.forget_slot(fd)
+
+    cdef void forget_slot(self, int fd):
+        """Do what ``forget`` does; the descriptor is still open, so that no other connection has its number."""
         if 0 <= fd < self.slot_count and self.slots[fd].owner != NULL:
             self.clear_slot(fd)
 
@@ -379,12 +405,11 @@ cdef class Hub:
         if self.root.greenlet is greenlet:
             task = self.root
         else:
-            for task in self.tasks:
-                if task.greenlet is greenlet:
-                    break
-            else:
+            task = self.tasks.get(greenlet)
+            if task is None:
                 task = Task(self)
                 task.greenlet = greenlet
+        task.woken = True  # it runs
         self.current = task
         return task
 
@@ -417,8 +442,11 @@ cdef class Hub:
         if self.slots[fd].owner != <void *>connection:
             self.clear_slot(fd)
             self.slots[fd].owner = <void *>connection
-            # A read of a Unix socket ends where a message carries descriptors.
-            self.slots[fd].peculiar = <int>_family_of(connection) == AF_UNIX
+            # A short read tells that nothing is left for a stream of TCP alone: that of a Unix socket ends where a
+            # message carries descriptors, that of a datagram socket with each datagram.
+            self.slots[fd].peculiar = (
+                <int>_family_of(connection) not in (AF_INET, AF_INET6) or <int>_type_of(connection) != SOCK_STREAM
+            )
         return &self.slots[fd]
 
     cdef void clear_slot(self, int fd):
@@ -426,7 +454,7 @@ cdef class Hub:
         cdef Slot *slot = &self.slots[fd]
         slot.owner = NULL
         slot.generation += 1
-        slot.registered = slot.drained = slot.peculiar = False
+        slot.registered = slot.drained = slot.peculiar = slot.exposed = False
         slot.unread = 0
         if slot.reader != NULL or slot.writer != NULL or slot.others != NULL:
             for task in self.take_waiting(fd):
@@ -466,11 +494,15 @@ cdef class Hub:
             raise error_of(EAGAIN)
         if self.corked:
             self.flush()
+            return 0  # there may have been a wait, in which what is waited for here has happened
         slot = self.slot_of(connection, fd)
         if not slot.registered:
             if slot.generation == 0:
                 slot.generation = 1  # 0 is the root's
             generation = slot.generation
+            if fd in self.root_fds:  # what the root watched was closed, and the number is a connection's by now
+                self.root_fds.remove(fd)
+                self.muted.discard(fd)
             result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, FS_EVERYTHING, (<uint64_t>generation << 32) | <uint32_t>fd)
             if result == -EEXIST:  # the descriptor came here by another object, or is one of several of the same file
                 result = fs_watch(
@@ -498,14 +530,23 @@ cdef class Hub:
         except BaseException:
             self.stop_waiting(me, fd, generation)
             raise
-        if me.timed_out or self.slots[fd].reader == <void *>me or self.slots[fd].writer == <void *>me:
+        slot = &self.slots[fd]
+        if me.timed_out or slot.reader == <void *>me or slot.writer == <void *>me or slot.others != NULL:
             self.stop_waiting(me, fd, generation)
             if me.timed_out:
                 raise TimeoutError("timed out")
         return 0
 
     def wait_io(self, connection, int fd, bint writing, deadline):
+        if descriptor_of(connection) != fd:
+            return  # another thread has closed it meanwhile
         self.wait_for(connection, fd, writing, INFINITY if deadline is None else <double>deadline)
+
+    def expose(self, connection, int fd):
+        if self.corked and self.cork_owner is connection:
+            self.flush()
+        if descriptor_of(connection) == fd:
+            self.slot_of(connection, fd).exposed = True
 
     def send_gathered(self):
         if self.corked:
@@ -524,6 +565,9 @@ cdef class Hub:
             Py_DECREF(me)
         elif slot.others != NULL and me in <list>slot.others:
             (<list>slot.others).remove(me)
+            if not <list>slot.others:
+                Py_DECREF(<list>slot.others)
+                slot.others = NULL
 
     # Waiting.
 
@@ -543,8 +587,12 @@ cdef class Hub:
         """Let others go on until somebody wakes the calling greenlet."""
         if self.stale:
             raise RuntimeError("this process has forked and cannot go on with the greenlets of its parent")
+        if self.epoll < 0:
+            raise RuntimeError("the hub has ended")
         if self.corked:
             self.flush()
+        if me.killed:
+            raise GreenletExit
         me.woken = False
         while not me.woken:
             target = self.next_task()
@@ -592,13 +640,22 @@ cdef class Hub:
                 self.urgent = None
                 task.woken = True
                 return task
+            if self.beginning is not None:
+                task = self.beginning
+                self.beginning = None
+                task.begun = task.woken = True
+                return task
             if self.ready_in_turn:
                 self.ready_in_turn -= 1
                 task = self.pop_ready()
-                if not task.woken:
-                    task.woken = True
-                    return task
-                continue
+                if task.woken:
+                    continue
+                if not task.begun and self.current is not self.root:
+                    # A new greenlet counts its recursion from where it begins: the root's place.
+                    self.beginning = task
+                    return self.root
+                task.begun = task.woken = True
+                return task
             while self.next_event < self.event_count:
                 self.next_event += 1
                 task = self.dispatch(&self.events[self.next_event - 1])
@@ -687,10 +744,10 @@ cdef class Hub:
         self.event_count = max(count, 0)
         self.next_event = 0
         try:
-            if count < 0:
-                if count != -EINTR:
-                    raise error_of(-count)
-                PyErr_CheckSignals()
+            if count < 0 and count != -EINTR:
+                raise error_of(-count)
+            # Here, and not where some handler goes on: also if the signal came in another thread.
+            PyErr_CheckSignals()
             if self.notified:
                 self.take_posted()
             if self.timer_count:
@@ -814,9 +871,10 @@ cdef class Hub:
         while self.timer_count and (<Task>self.timers[0]).heap_deadline <= moment:
             task = <Task>self.timers[0]
             if task.deadline <= moment:
-                task.timed_out = True
                 self.drop_top()
-                self.wake_task(task)
+                if not task.queued:  # else what it waited for has come in time
+                    task.timed_out = True
+                    self.wake_task(task)
             elif task.deadline == INFINITY:
                 self.drop_top()
             else:
@@ -844,7 +902,7 @@ cdef class Hub:
         self.corked = 0
         self.cork_owner = None
         fd = descriptor_of(connection)
-        sent = fs_send(fd, self.cork, size, 0)
+        sent = fs_send(fd, self.cork, size, MSG_DONTWAIT)
         self.budget -= CALL
         if sent == size:
             return 0
@@ -864,7 +922,7 @@ cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size,
     cdef int fd
     while True:
         fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
-        sent = fs_send(fd, data, size, 0)
+        sent = fs_send(fd, data, size, MSG_DONTWAIT)
         if sent >= 0:
             if sent == size:
                 return 0
@@ -881,9 +939,11 @@ cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size,
 
 cdef int forget(int fd) except -1:
     """Let every hub forget a descriptor: it changes hands."""
-    cdef Hub hub
     for hub in _hubs:
-        hub.forget(fd)
+        if type(hub) is Hub:
+            (<Hub>hub).forget_slot(fd)
+        else:
+            hub.forget(fd)  # its Python twin
     return 0
 
 
@@ -895,10 +955,10 @@ def _before_fork():
 
 
 def _after_fork_in_child():
-    cdef Hub hub
     for hub in list(_waiting.hubs):
-        hub.forget_parent()
-    _waiting.hubs.clear()
+        if type(hub) is Hub:  # its Python twin looks after its own
+            hub.forget_parent()
+            _waiting.hubs.remove(hub)
 
 
 _os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

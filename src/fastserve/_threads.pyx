@@ -20,26 +20,12 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdlib cimport calloc, free
 
 from fastserve._clock cimport MAX_WAIT, now
-
-cdef extern from "Python.h" nogil:
-    ctypedef void *PyThread_type_lock
-    ctypedef enum PyLockStatus:
-        PY_LOCK_FAILURE
-        PY_LOCK_ACQUIRED
-        PY_LOCK_INTR
-    enum:
-        NOWAIT_LOCK
-        WAIT_LOCK
-    const unsigned long PYTHREAD_INVALID_THREAD_ID
-    PyThread_type_lock PyThread_allocate_lock()
-    void PyThread_free_lock(PyThread_type_lock)
-    int PyThread_acquire_lock(PyThread_type_lock, int)
-    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock, long long microseconds, int interruptible)
-    void PyThread_release_lock(PyThread_type_lock)
-    unsigned long PyThread_start_new_thread(void (*)(void *) noexcept nogil, void *)
-    size_t PyThread_get_stacksize()
-    unsigned long PyThread_get_thread_ident()
-    unsigned long PyThread_get_thread_native_id()
+from fastserve._locks cimport (
+    NOWAIT_LOCK, PY_LOCK_ACQUIRED, PY_LOCK_FAILURE, PY_LOCK_INTR, PYTHREAD_INVALID_THREAD_ID, PyLockStatus,
+    PyThread_acquire_lock, PyThread_acquire_lock_timed, PyThread_allocate_lock, PyThread_free_lock,
+    PyThread_get_stacksize, PyThread_get_thread_ident, PyThread_get_thread_native_id, PyThread_release_lock,
+    PyThread_start_new_thread, PyThread_type_lock, WAIT_LOCK,
+)
 
 cdef extern from "_stacks.h":
     void fs_keep_stacks()
@@ -298,6 +284,20 @@ cdef int notice_stack_size() except -1:
     return 0
 
 
+cdef bint is_registered = False
+
+
+cdef int register_hook() except -1:
+    """Be called after a fork: from the first job on, as a hook costs each fork.
+
+    It comes after that of threading, which is imported above and says which thread is the calling one.
+    """
+    global is_registered
+    is_registered = True
+    _register_at_fork(after_in_child=_after_fork_in_child)
+    return 0
+
+
 cdef class Job:
     """What a ``threading.Thread`` is to a request in a thread that is used again: a base class for one.
 
@@ -313,7 +313,8 @@ cdef class Job:
     cdef public bint _daemonic
 
     def __cinit__(self, target, tuple args not None, bint daemon):
-        watch_forks()
+        if not is_registered:
+            register_hook()
         self.completion = new_completion(daemon)
         self.target = target
         self.args = args
@@ -445,6 +446,8 @@ def end_idle():
     """End the threads that have no job, and have the others end with theirs. They may take a moment for it."""
     global season
     cdef Worker *worker
+    if not is_registered:
+        return  # there was none, and a fork would not know of the guard
     enter()  # each needs the guard before it goes, and so waits until its lock is let go of
     season += 1
     while idle_workers != NULL:
@@ -581,18 +584,6 @@ cdef Waiter *new_waiter() except NULL:
     return waiter
 
 
-cdef bint watches_forks = False
-
-
-cdef int watch_forks() except -1:
-    """Have the next forks told, from the first job on: what a forked child runs costs it page faults."""
-    global watches_forks
-    if not watches_forks:
-        _register_at_fork(after_in_child=_after_fork_in_child)
-        watches_forks = True
-    return 0
-
-
 def _after_fork_in_child():
     # Of all threads only the calling one exists. The others may have held the guard, and been about to change the
     # lists: nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
@@ -615,5 +606,4 @@ def _after_fork_in_child():
         workers = 1
 
 
-# After that of threading, which is imported above: it says which thread is the calling one.
 fs_keep_stacks()

@@ -7,6 +7,7 @@ call every method, and the program cannot tell the difference but by looking at 
 """
 
 import socket as _socket_module
+import socketserver as _socketserver
 
 import _socket
 
@@ -28,6 +29,8 @@ cdef extern from "Python.h":
 
 cdef tuple _no_arguments = ()
 fs_no_arguments = <PyObject *>_no_arguments
+
+cdef object _absent = object()
 
 cdef str FLAG = "_BaseServer__shutdown_request"
 
@@ -112,7 +115,7 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
     :param connection: the class of connections that wait in a hub.
     :param accept: called with a listener; returns such a connection and the address of its client.
     :param end: called with a connection; shuts it down and closes it.
-    :param ended_by: called with what has come out of a request and would have ended its thread.
+    :param ended_by: called with what has come out of a request and would have ended its thread, and the request.
     :param process_request: the method of the mix-in, which need not be called where there is no limit of connections.
     """
     global _Hub, _GreenConnection, _accept_green, _end_green, _ended_by, _process_green
@@ -127,11 +130,12 @@ cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 
     cdef unsigned int own = LOOKED
     cdef int i
     place.cls = NULL
-    if fs_finds_attributes_plainly(server):
+    # A stand-in with slots for a server has no __dict__ to look into.
+    if fs_finds_attributes_plainly(server) and (<object>cls).__dictoffset__ != 0:
         for i, name in enumerate(NAMES):
             for base in (<object>cls).__mro__:
-                found = vars(base).get(name)
-                if found is not None and not any(found is function for function in _passing):
+                found = vars(base).get(name, _absent)
+                if found is not _absent and not any(found is function for function in _passing):
                     if any(found is function for function in _own[name]):
                         own |= 1 << i
                     elif found is _process_green and found is not None:
@@ -266,6 +270,7 @@ cdef int end(object server, object request) except -1:
         or not is_own(server, CLOSE, "close_request")
         or not is_plain_connection()
         or request._io_refs > 0
+        or _socketserver.socket is not _socket_module
     ):
         server.shutdown_request(request)
         return 0
@@ -328,8 +333,8 @@ def process_request_greenlet(server, request, client_address):
             server.handle_error(request, client_address)
         finally:
             end(server, request)
-    except (Exception, SystemExit) as error:
-        _ended_by(error)
+    except BaseException as error:
+        _ended_by(error, request)
 
 
 cdef object _in_thread = process_request_thread

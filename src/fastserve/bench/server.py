@@ -1,6 +1,6 @@
 """The process that serves a handler for a measurement: ``python -m fastserve.bench.server``.
 
-    python -m fastserve.bench.server stdlib|fastserve sync|threads|threadpool|fork MODULE:HANDLER
+    python -m fastserve.bench.server stdlib|fastserve sync|threads|threadpool|fork|greenlet MODULE:HANDLER
         [--udp [--gather-replies]] [--max-workers N]
 
 It prints the port that it serves on 127.0.0.1, and nothing else: what the handler prints is dropped. Under

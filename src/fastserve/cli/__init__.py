@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     # What follows MODULE or SCRIPT is the program's own; argparse would look for options of ours in it.
-    end = len(argv) if argv[:1] != ["run"] else 3 if argv[1:2] in (["-m"], ["--"]) else 2
+    end = 1 + run.own_arguments(argv[1:]) if argv[:1] == ["run"] else len(argv)
     args, unknown = make_parser().parse_known_args(argv[:end], argparse.Namespace(rest=argv[end:]))
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS
+from fastserve.cli.targets import WORKERS, require_greenlets
 
 if TYPE_CHECKING:
     from fastserve.bench.measure import Load
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     load = _load(args)
     if args.max_workers and "threadpool" not in (args.workers or ()):
         raise UsageError("--max-workers is for --worker threadpool")
+    if "greenlet" in (args.workers or ()):
+        require_greenlets()
     try:
         generator()
         server_core, load_core = cores()

@@ -29,9 +29,14 @@ def run(args: argparse.Namespace) -> int:
     reason = "FASTSERVE_NO_EXTENSIONS is set" if _backend.refused() else "the extension is not built"
     gil = "with the GIL" if getattr(sys, "_is_gil_enabled", lambda: True)() else "without the GIL"
     build = "free-threaded, " if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    try:
+        greenlets = "c" if _backend.hub().__name__ == "fastserve._hub" else "py"
+    except ImportError as error:
+        greenlets = f"not available ({error})"
     facts = {
         "fastserve": fastserve.__version__,
         "implementation": "c" if fastserve.implementation == "c" else f"py ({reason})",
+        "greenlets": greenlets,
         "poller": pollers.poller_name() + (" (FASTSERVE_POLLER)" if os.environ.get("FASTSERVE_POLLER") else ""),
         "python": f"{platform.python_implementation()} {platform.python_version()} ({build}{gil})",
         "platform": f"{system.system} {system.release} {system.machine}",

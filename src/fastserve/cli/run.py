@@ -11,34 +11,59 @@ from typing import Any, Final
 
 import fastserve
 from fastserve.cli.arguments import UsageError
-from fastserve.cli.targets import put_first_in_path, shown_without_our_frames
+from fastserve.cli.targets import put_first_in_path, require_greenlets, shown_without_our_frames
+from fastserve.patching import Threading
 
 DESCRIPTION: Final = """\
 Run a Python program as "python" does, with fastserve in the place of socketserver
 (fastserve.patch()). All that follows MODULE or SCRIPT is the program's own.
 """
-EPILOG: Final = "examples:\n  fastserve run -m http.server 8000\n  fastserve run chat_server.py --port 7000\n"
+EPILOG: Final = """\
+With --worker greenlet the requests of a threading server share one thread, and take turns
+when they wait for their connections. That is for programs which keep no state for each
+thread (threading.local), and hold no lock and call nothing that blocks (time.sleep, a
+database, a name server) for long: whatever else waits holds up all clients.
+
+examples:
+  fastserve run -m http.server 8000
+  fastserve run --worker greenlet chat_server.py --port 7000
+"""
+
+# What --worker takes, and what patch() is told.
+THREADING: Final[dict[str, Threading]] = {"threads": "thread", "greenlet": "greenlet"}
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command to those of the command line."""
-    usage = "fastserve run [-h] (-m MODULE | SCRIPT) [ARGS ...]"
+    usage = "fastserve run [-h] [--worker {threads,greenlet}] (-m MODULE | SCRIPT) [ARGS ...]"
     help = "run a program on fastserve, unchanged"
     parser = commands.add_parser("run", usage=usage, help=help, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module or package, as python -m does")
     parser.add_argument(
         "script", metavar="SCRIPT", nargs="?", help="run a file, or a directory or zip with __main__.py"
     )
+    help = "what socketserver.ThreadingMixIn runs each request in (default: %(default)s)"
+    parser.add_argument("--worker", choices=THREADING, default="threads", help=help)
     # For the help alone: main() keeps the program's arguments from the parser.
     parser.add_argument("ARGS", nargs="*", help="the program's own arguments, passed on untouched")
     parser.set_defaults(command=run, parser=parser)
+
+
+def own_arguments(argv: list[str]) -> int:
+    """Return how many of the arguments of the command are not the program's: those up to MODULE or SCRIPT."""
+    count = 0
+    while argv[count : count + 1] == ["--worker"] or (argv[count:] and argv[count].startswith("--worker=")):
+        count += 2 if argv[count] == "--worker" else 1
+    return count + (2 if argv[count : count + 1] in (["-m"], ["--"]) else 1)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the program that the arguments name. Raises what it raises, and ``UsageError``."""
     if args.module is None and args.script is None:
         raise UsageError("a MODULE or a SCRIPT is required")
-    fastserve.patch()
+    if args.worker == "greenlet":
+        require_greenlets()
+    fastserve.patch(threading=THREADING[args.worker])
     with shown_without_our_frames():
         if args.module is None:
             _run_script(args.script, args.rest)

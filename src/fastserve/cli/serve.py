@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import fastserve
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS, find_handler
+from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
 
 # Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
@@ -23,7 +24,8 @@ The first line on standard output tells the address, in the form that --bind tak
 
 Ctrl-C (SIGINT) and SIGTERM stop the server at once, with exit status 0. Requests that
 still run are cut off, also those of idle clients: threads end with the process, children
-get SIGTERM, a handler in the loop gets KeyboardInterrupt. A Unix socket's file is removed.
+get SIGTERM, a handler in the loop gets KeyboardInterrupt, one in a greenlet GreenletExit.
+A Unix socket's file is removed.
 
 examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
@@ -45,10 +47,13 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "serve datagrams, UDP or of a Unix socket (default: connections)"
     parser.add_argument("--udp", action="store_true", help=help)
     help = "what runs the handler: sync, the loop itself, one request after the other; threads, a thread for each \
-        request; threadpool, a limited number of threads; fork, a child process for each (default: %(default)s)"
+        request; threadpool, a limited number of threads; fork, a child process for each; greenlet, a greenlet for \
+        each, all in one thread (default: %(default)s)"
     parser.add_argument("--worker", choices=WORKERS, default="threads", help=help)
     help = f"threads, with --worker threadpool (default here: {default_workers()})"
     parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
+    help = "requests that are handled at a time, with --worker greenlet (default: no limit; others wait in the kernel)"
+    parser.add_argument("--max-connections", metavar="N", type=positive, help=help)
     help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
         system may have a lower limit)"
     parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
@@ -70,10 +75,13 @@ def run(args: argparse.Namespace) -> int:
         (is_unix and args.reuse_address is not None, "--reuse-address is not for a Unix socket"),
         (is_unix and not hasattr(socket, "AF_UNIX"), "this system has no Unix sockets"),
         (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
+        (args.max_connections and args.worker != "greenlet", "--max-connections is for --worker greenlet"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
     ):
         if wrong:
             raise UsageError(message)
+    if args.worker == "greenlet":
+        require_greenlets()
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
@@ -123,6 +131,7 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "daemon_threads": True,
         "block_on_close": args.worker == "fork",
         "max_workers": args.max_workers,
+        "max_connections": args.max_connections,
     }
     server: fastserve.TCPServer = type(base.__name__, (base,), attributes)(address, handler)
     return server
@@ -137,8 +146,8 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         server.shutdown()
-        if args.worker == "sync":
-            raise KeyboardInterrupt  # the loop may be in a handler that waits for its client
+        if args.worker == "sync" or (args.worker == "greenlet" and _is_in_greenlet()):
+            raise KeyboardInterrupt  # the loop may be in a handler that waits for its client, or for anything else
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
@@ -152,6 +161,11 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
     for child in getattr(server, "active_children", None) or ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)  # it holds the listener open: left alone it would keep the address
+
+
+def _is_in_greenlet() -> bool:
+    """Return whether the calling code runs in a greenlet that is not the thread's own."""
+    return importlib.import_module("greenlet").getcurrent().parent is not None
 
 
 def _address(server: fastserve.TCPServer) -> str:

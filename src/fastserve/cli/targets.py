@@ -6,9 +6,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import ModuleType, TracebackType
 from typing import Any, Final
 
+from fastserve import _backend
 from fastserve.cli.arguments import UsageError
 
 # What --worker takes, and the beginning of the names of the predefined classes.
@@ -20,6 +22,18 @@ WORKERS: Final = {
     "greenlet": "Greenlet",
 }
 OUR_FILES: Final = os.path.join(os.path.dirname(__file__), "")
+
+
+def require_greenlets() -> None:
+    """Raise ``UsageError`` if nothing can be served in greenlets here."""
+    try:
+        _backend.hub()
+        _backend.green()
+    except ImportError as error:
+        if find_spec("greenlet") is None:
+            what = 'greenlet, which the extra brings: pip install "fastserve[greenlet]"'
+            raise UsageError(f"--worker greenlet needs {what}") from None
+        raise UsageError(f"--worker greenlet: {error}") from None
 
 
 def find_handler(target: str) -> Any:

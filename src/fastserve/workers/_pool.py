@@ -78,8 +78,10 @@ class Pool:
         self._waiting = 0  # threads to be told of a free place
         self._somebody_waits = False  # either of both
 
-    def submit(self, work: Work, limits: Limits, daemon: bool) -> None:
+    def submit(self, work: Work, limits: Limits, daemon: bool) -> bool:
         """Queue ``work``, and start a worker for it if all are busy and there may be another. It never waits.
+
+        Return whether the pool is full now.
 
         :param daemon: whether a worker that is started is a daemon.
         :raises RuntimeError: if there is no worker and none can be started. The work is not done then.
@@ -88,6 +90,7 @@ class Pool:
         self._queue.put(work)
         if self._count < len(self._under_way) and self._count < limits.workers:
             self._grow(work, limits.workers, daemon)
+        return self.is_full(limits)
 
     def _grow(self, work: Work, max_workers: int, daemon: bool) -> None:
         with self._lock:
@@ -128,6 +131,8 @@ class Pool:
         """Return whether all workers are busy, there may be no more of them, and the queue is full."""
         under_way = len(self._under_way)
         count = self._count
+        if under_way < count:
+            return False
         # More requests under way than workers, which are fewer than they may be: no thread could be started.
         return under_way >= count + limits.queued and (count >= limits.workers or under_way > count)
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from typing import Any, Final
 
+SLOW_HANDLER_SECONDS: Final = 0.1  # what servers have by default
 REPORT_GAP: Final = 1.0  # seconds between two reports, at least
 
 logger: Final = logging.getLogger("fastserve")
@@ -23,7 +24,8 @@ class Watchdog:
     def __init__(self, server: Any, hub: Any) -> None:
         self._server = server
         self._hub = hub
-        self._seconds: float = server.slow_handler_seconds
+        # On a class of the stdlib, under patch(), there is no attribute of that name.
+        self._seconds: float = getattr(server, "slow_handler_seconds", SLOW_HANDLER_SECONDS)
         self._stopped = threading.Event()
         self._at_work = threading.Event()  # set by the hub when it has something to do again
         self._thread: threading.Thread | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import socketserver
@@ -12,7 +13,7 @@ from fastserve import _backend, _waiting
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following, is_stdlib
-from fastserve.workers._watchdog import Watchdog
+from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
 _std: Any = socketserver  # see server.py
@@ -45,7 +46,7 @@ class GreenletMixIn(ThreadingMixIn):
 
     max_connections: int | None = None
 
-    slow_handler_seconds = 0.1
+    slow_handler_seconds = SLOW_HANDLER_SECONDS
 
     _BaseServer__shutdown_request = vars(BaseServer)["_BaseServer__shutdown_request"]
 
@@ -114,11 +115,8 @@ class GreenletMixIn(ThreadingMixIn):
         if hub is None or hub.server is not self:
             self.process_request_thread(request, client_address)
             return
-        if type(request) in _PLAIN:
-            request.__class__ = _backend.green().Connection
-            request.settimeout(request.gettimeout())
         if self.max_connections is None:
-            hub.start(_process_request_greenlet(), self, request, client_address)
+            start(hub, self, request, client_address)
         else:
             _start_counted(self, hub, request, client_address)
 
@@ -177,7 +175,7 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener = server.socket
+    listener = getattr(server, "socket", None)
     if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
@@ -197,6 +195,17 @@ def _end_requests(server: Any, hub: Any) -> None:
     hub.drain()
 
 
+def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
+    """Have a greenlet of the hub handle a request."""
+    _make_cooperative(request)
+    hub.start(_process_request_greenlet(), server, request, client_address)
+
+
+def _make_cooperative(request: Any) -> None:
+    if type(request) in _PLAIN:
+        _backend.green().adopt(request)
+
+
 def _process_request_greenlet() -> Any:
     """Return what handles a request in its greenlet."""
     if _backend.turns is None:
@@ -205,23 +214,26 @@ def _process_request_greenlet() -> Any:
 
 
 def process_request_greenlet(server: Any, request: Any, client_address: Any) -> None:
-    """Handle a request in its greenlet. What comes out of it beside an ``Exception`` ends ``serve_forever()``."""
+    """Handle a request in its greenlet. What comes out of it is told, as if it had ended a thread."""
     try:
         server.process_request_thread(request, client_address)
-    except (Exception, SystemExit) as error:
-        _ended_by(error)
+    except BaseException as error:
+        _ended_by(error, request)
 
 
-def _ended_by(error: BaseException) -> None:
-    """Deal with what ``handle_error`` or ``shutdown_request`` has raised: in a thread it would end that.
+def _ended_by(error: BaseException, request: Any) -> None:
+    """Deal with what has come out of a request, and would have ended its thread.
 
-    Raises a ``SystemExit`` again in the main thread: most likely it is of a signal handler, which runs in whatever the
-    main thread is doing.
+    In the main thread what is no ``Exception`` ends ``serve_forever()``, and is raised again: most likely it is of a
+    signal handler, which runs in whatever the main thread is doing, such as closing this request.
     """
-    if isinstance(error, SystemExit):
-        if threading.current_thread() is threading.main_thread():
-            raise error
-        return
+    # There is no greenlet without this module, and no need for it elsewhere.
+    if isinstance(error, importlib.import_module("greenlet").GreenletExit):
+        raise error
+    if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+        if isinstance(request, socket.socket):
+            request.close()
+        raise error
     hook = _std.threading.excepthook
     hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
 
@@ -242,6 +254,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
             if isinstance(loop, Loop) and state.connections < limit:
                 loop.resume()
 
+    _make_cooperative(request)
     state.connections += 1
     hub.start(handle)
     if isinstance(loop, Loop) and state.connections >= limit:

@@ -61,12 +61,11 @@ class ThreadPoolMixIn(ThreadingMixIn):
         :raises RuntimeError: if there is no thread and none can be started. As long as there is one, the request waits
             for it.
         """
-        pool = _pool_of(self)
+        pool = vars(self).get(POOL) or _pool_of(self)
         limits = _limits(self, pool)
         if pool.is_full(limits):
             _wait_for_place(self, pool, limits)
-        pool.submit((method_for_thread(self), request, client_address), limits, self.daemon_threads)
-        if pool.is_full(limits):
+        if pool.submit((method_for_thread(self), request, client_address), limits, self.daemon_threads):
             loop = State.of(self).own_loop()
             if isinstance(loop, Loop):
                 pool.hold(loop)

@@ -105,8 +105,8 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         :raises RuntimeError: if no thread can be started; the loop then gives it to ``handle_error`` and closes
             the request.
         """
-        if self.block_on_close:
-            vars(self).setdefault("_threads", _Threads())
+        if self.block_on_close and "_threads" not in vars(self):
+            vars(self).setdefault("_threads", _Threads())  # two threads may come here at once
         thread: threading.Thread
         # On a class of the stdlib, under patch(), there is no attribute of that name.
         if getattr(self, "reuse_threads", True) and _reuse.is_possible():

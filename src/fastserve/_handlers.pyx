@@ -1,38 +1,20 @@
-# How the turns of a loop make a handler and have it handle a request: included by _datagrams.pyx.
+# cython: language_level=3, embedsignature=True
+"""How the turns over datagrams make a handler and have it handle a request."""
 
 from io import BytesIO as _BytesIO
 
 from cpython.object cimport PyObject, PyTypeObject
 
-cdef extern from "Python.h":
-    PyTypeObject PyBaseObject_Type, PyType_Type
-    PyObject *_PyType_Lookup(PyTypeObject *, object)
-    PyObject *PyObject_GenericGetAttr(PyObject *, PyObject *)
-    int PyFunction_Check(PyObject *)
+from fastserve._hooks cimport (
+    PyFunction_Check, _PyType_Lookup, fs_has_plain_attributes, fs_makes_plain_objects, fs_new_object, fs_no_arguments,
+    fs_version_of,
+)
 
 cdef extern from *:
     """
-    #define fs_new_object(cls) (PyBaseObject_Type.tp_new((PyTypeObject *)(cls), fs_no_arguments, NULL))
-    #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
-        && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
-    #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
-    #define fs_has_plain_attributes(cls) \
-        ((cls)->tp_getattro == PyObject_GenericGetAttr && (cls)->tp_setattro == PyObject_GenericSetAttr)
-    /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
-       compares before it takes a method that it has found before. */
-    #define fs_version_of(cls) ((cls)->tp_version_tag)
-    static PyObject *fs_no_arguments;
-    static PyTypeObject *fs_type_of(PyObject *object) { return Py_TYPE(object); }
     #define fs_new_file(cls) ((cls)->tp_new((cls), fs_no_arguments, NULL))
     #define fs_begin_file(cls, file, arguments) ((cls)->tp_init((file), (arguments), NULL))
     """
-    object fs_new_object(object)
-    bint fs_makes_plain_objects(object)
-    bint fs_finds_attributes_plainly(object)
-    bint fs_has_plain_attributes(PyTypeObject *)
-    unsigned int fs_version_of(PyTypeObject *)
-    PyTypeObject *fs_type_of(object)
-    PyObject *fs_no_arguments
     object fs_new_file(PyTypeObject *)
     int fs_begin_file(PyTypeObject *, object, tuple) except -1
 
@@ -50,13 +32,6 @@ cdef class Handlers:
 
     :param own: see ``OWN_OF_HANDLERS``.
     """
-
-    cdef object _init, _no_setup, _setup, _handle, _handle_with_files
-    # The class that was looked at last.
-    cdef PyTypeObject *_class
-    cdef unsigned int _version
-    cdef PyObject *_class_init  # of the class; NULL where it is to be called itself
-    cdef bint _needs_no_setup, _needs_files
 
     def __cinit__(self, own):
         self._init, self._no_setup, self._setup, self._handle, self._handle_with_files = own
