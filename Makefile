@@ -33,6 +33,7 @@ test: $(built) $(test_tools)
 
 bench: $(built) $(bench_tools) bench-servers
 	$(VENV)/bin/python bench/clients.py --json bench/results/clients.json
+	$(VENV)/bin/python bench/crowd.py --json bench/results/crowd.json
 	$(VENV)/bin/python bench/run.py --documents
 
 bench-quick: $(built) $(bench_tools) bench-servers

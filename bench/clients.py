@@ -10,7 +10,9 @@ ratios of paired rounds with their range. Linux only. What has no client or no l
 wrk, ab          http.server.SimpleHTTPRequestHandler with one small file in ThreadingHTTPServer, as `python -m
                  http.server` has them, and under `fastserve run`; HTTP/1.0 with a connection for each request, and
                  HTTP/1.1 with connections that stay. It does not log, and 128 connections may wait.
-redis-benchmark  examples/resp_server.py, whose handler is run by the stdlib's ThreadingTCPServer and by fastserve's
+                 With "greenlets" fastserve's side has GreenletMixIn instead of ThreadingMixIn.
+redis-benchmark  examples/resp_server.py, whose handler is run by the stdlib's ThreadingTCPServer and by fastserve's,
+                 with "greenlets" by fastserve's GreenletTCPServer; it sets TCP_NODELAY under all of them
 dnsperf          dnslib.server's UDPServer and TCPServer, put together as by its DNSServer, and under `fastserve
                  run`; it does not log. Over TCP it ends each connection after one answer: what dnsperf has sent on
                  it by then is lost under both, and shown as errors.
@@ -35,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import fastserve
 from fastserve.bench.machine import describe
 from fastserve.bench.measure import Load, Series, alternate, pinned
 from fastserve.bench.process import ServerFailed, ServerProcess, cores
@@ -57,9 +60,9 @@ class ClientFailed(Exception):
 # --- the process that serves --------------------------------------------------------------------------------
 
 
-def serve_http(version: str) -> None:
+def serve_http(version: str, greenlets: bool = False) -> None:
     """Serve one small file, as ``python -m http.server`` does."""
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(SimpleHTTPRequestHandler):
         protocol_version = version
@@ -74,9 +77,13 @@ def serve_http(version: str) -> None:
                 self.send_header("Connection", "keep-alive")  # ab speaks HTTP/1.0, and must be told
             super().end_headers()
 
-    class Server(ThreadingHTTPServer):
+    class Threads(ThreadingHTTPServer):
         request_queue_size = 128
 
+    class Greenlets(fastserve.GreenletMixIn, HTTPServer):
+        request_queue_size = 128
+
+    Server = Greenlets if greenlets else Threads
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "file.txt").write_bytes(BODY)
         serve(Server(("127.0.0.1", 0), functools.partial(Handler, directory=directory)))
@@ -121,17 +128,21 @@ def serve(server: Any) -> None:
 SERVED: dict[str, Callable[[], None]] = {
     "http/1.0": functools.partial(serve_http, "HTTP/1.0"),
     "http/1.1": functools.partial(serve_http, "HTTP/1.1"),
+    "http/1.0, greenlets": functools.partial(serve_http, "HTTP/1.0", True),
+    "http/1.1, greenlets": functools.partial(serve_http, "HTTP/1.1", True),
     "dns-udp": functools.partial(serve_dns, False),
     "dns-tcp": functools.partial(serve_dns, True),
 }
 
 
-def command(implementation: str, what: str) -> list[str]:
-    """Return the command that serves ``what``."""
+def command(implementation: str, what: str, greenlets: bool = False) -> list[str]:
+    """Return the command that serves ``what``; the stdlib has no greenlets, and serves it with threads."""
+    greenlets = greenlets and implementation == "fastserve"
     if what == "resp":
-        return [sys.executable, "-m", "fastserve.bench.server", implementation, "threads", f"{RESP}:RespHandler"]
+        worker = "greenlet" if greenlets else "threads"
+        return [sys.executable, "-m", "fastserve.bench.server", implementation, worker, f"{RESP}:RespHandler"]
     on = [] if implementation == "stdlib" else ["-m", "fastserve", "run"]
-    return [sys.executable, *on, str(HERE), "--serve", what]
+    return [sys.executable, *on, str(HERE), "--serve", f"{what}, greenlets" if greenlets else what]
 
 
 # --- the clients --------------------------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def wrk(port: int, seconds: float) -> dict[str, Any]:
     return counted(figure(r"(\d+) requests in", text), figure(r"Requests/sec:\s*([\d.]+)", text), errors)
 
 
-def ab(port: int, seconds: float, *options: str) -> dict[str, Any]:
+def ab(port: int, seconds: float, options: Sequence[str] = ()) -> dict[str, Any]:
     """Load with ab, which counts whole seconds."""
     whole = max(round(seconds), 1)
     limits = ["-t", str(whole), "-n", "1000000", "-c", str(CONNECTIONS)]
@@ -226,6 +237,7 @@ class Work:
     name: str
     served: str
     client: Callable[[int, float], dict[str, Any]]
+    greenlets: bool = False
 
     def run(self, server: ServerProcess, seconds: float) -> dict[str, Any]:
         """Load the server; return what the client counted, and the server's CPU time for each request.
@@ -247,21 +259,32 @@ class Work:
             return f"{self.tool} is not installed (Debian: {PACKAGES[self.tool]})"
         if self.served.startswith("dns") and importlib.util.find_spec("dnslib") is None:
             return "dnslib is not installed"
+        if self.greenlets and importlib.util.find_spec("greenlet") is None:
+            return "greenlet is not installed"
         return None
 
 
 WORKS = [
-    Work("wrk", "wrk, http.server, HTTP/1.0", "http/1.0", wrk),
-    Work("wrk", "wrk, http.server, HTTP/1.1", "http/1.1", wrk),
-    Work("ab", "ab, http.server, HTTP/1.0", "http/1.0", ab),
-    Work("ab", "ab -k, http.server, HTTP/1.1", "http/1.1", lambda port, seconds: ab(port, seconds, "-k")),
+    *(
+        Work(tool, f"{name}{', greenlets' if greenlets else ''}", served, client, greenlets)
+        for greenlets in (False, True)
+        for tool, name, served, client in (
+            ("wrk", "wrk, http.server, HTTP/1.0", "http/1.0", wrk),
+            ("wrk", "wrk, http.server, HTTP/1.1", "http/1.1", wrk),
+            ("ab", "ab, http.server, HTTP/1.0", "http/1.0", ab),
+            ("ab", "ab -k, http.server, HTTP/1.1", "http/1.1", functools.partial(ab, options=("-k",))),
+        )
+    ),
     *(
         Work(
             "redis-benchmark",
-            f"redis-benchmark, {test.upper()}{f', -P {pipeline}' if pipeline > 1 else ''}",
+            f"redis-benchmark, {test.upper()}{f', -P {pipeline}' if pipeline > 1 else ''}"
+            f"{', greenlets' if greenlets else ''}",
             "resp",
             functools.partial(redis_benchmark, test={"ping": "ping_mbulk"}.get(test, test), pipeline=pipeline),
+            greenlets,
         )
+        for greenlets in (False, True)
         for pipeline in (1, 16)
         for test in ("ping", "set", "get")
     ),
@@ -278,12 +301,12 @@ def measure(work: Work, rounds: int, seconds: float) -> dict[str, Any]:
     core, load_core = cores()
     with (
         ServerProcess("stdlib", command("stdlib", work.served), core) as stdlib,
-        ServerProcess("fastserve", command("fastserve", work.served), core) as fastserve,
+        ServerProcess("fastserve", command("fastserve", work.served, work.greenlets), core) as ours,
         pinned(load_core),
     ):
         # A client is to these rounds what the generator is to others.
         loads = cast(Mapping[str, Load], {"stdlib": work, "fastserve": work})
-        found = alternate([stdlib, fastserve], loads, rounds, seconds)
+        found = alternate([stdlib, ours], loads, rounds, seconds)
     result: dict[str, Any] = {"work": work.name}
     result |= {name: summary(series) for name, series in found.items()}
     for figure in ("cpu_us", "requests_per_second"):

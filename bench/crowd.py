@@ -214,19 +214,28 @@ class Companion:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A load that is taken while other clients are there, who are stopped when it is over."""
+class Latency:
+    """A load whose latency is taken while other clients are there, who are stopped when it is over.
+
+    A connection that had no answer in the whole round counts as one that waited for the round's length.
+    """
 
     load: Load
-    companion: Companion
+    companion: Companion | None = None
 
     def run(self, server: ServerProcess, seconds: float) -> dict[str, Any]:
         """Load the server as ``Load.run`` does."""
-        self.companion.resume()
+        if self.companion is not None:
+            self.companion.resume()
         try:
-            return self.load.run(server, seconds)
+            result = self.load.run(server, seconds)
         finally:
-            self.companion.pause()
+            if self.companion is not None:
+                self.companion.pause()
+        for name, share in (("p50_us", 0.5), ("p99_us", 0.01), ("max_us", 0.0)):
+            if result["stalled"] > share * self.load.connections or not result["requests"]:
+                result[name] = max(result[name], seconds * 1e6)
+        return result
 
 
 # --- what is measured ---------------------------------------------------------------------------------------
@@ -309,7 +318,7 @@ def measure_beside(
                 Companion(kind, beside, count) as crowd,
             ):
                 crowd.pause()
-                loads = cast(Mapping[str, Load], {"without": load, "with": Beside(load, crowd)})
+                loads = cast(Mapping[str, Load], {"without": Latency(load), "with": Latency(load, crowd)})
                 found = alternate([without, beside], loads, options.rounds, options.seconds)
         except CrowdFailed as error:
             rows.append({"name": contender.name, "missing": str(error)})
@@ -420,7 +429,8 @@ WHATS = {
     "memory": "Each has had the answer to one line and waits for the next. The kernel's stacks, for servers with a "
     "thread for each connection, are no part of a process's memory and come on top.",
     "flood": f"{FLOODED} clients send a line and wait for the answer, without and with two others: one sends lines "
-    "without pause and reads all answers, one sends without pause and reads nothing.",
+    "without pause and reads all answers, one sends without pause and reads nothing. A connection without an answer in "
+    "a whole round is an error, and counts as one that waited so long.",
     "slow": f"{UNSLOWED} clients send a line and wait for the answer, without and with others that send one byte a "
     "second each.",
     "timeouts": f"{ACTIVE} clients send a line and wait for the answer, beside others that wait for their next line; "

@@ -234,13 +234,14 @@ def details(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*filter(None, parts), WHAT_ERRORS_ARE, WHAT_IS_MARKED])
 
 
-def page(result: Mapping[str, Any], charts: Mapping[str, str], clients: str = "") -> str:
+def page(result: Mapping[str, Any], charts: Mapping[str, str], clients: str = "", crowd: str = "") -> str:
     """Return the generated part of ``docs/performance.md``.
 
-    ``charts`` maps the texts of images to their paths; ``clients`` is the table of ``bench/clients.py``, if there is
-    one.
+    ``charts`` maps the texts of images to their paths; ``clients`` is the table of ``bench/clients.py`` and ``crowd``
+    are those of ``bench/crowd.py``, if there are any.
     """
     with_clients = ["### With wrk, ab, redis-benchmark and dnsperf", clients.strip()] if clients else []
+    with_crowd = ["### With many clients", crowd.strip()] if crowd else []
     return "\n\n".join(
         [
             setting(result),
@@ -249,6 +250,7 @@ def page(result: Mapping[str, Any], charts: Mapping[str, str], clients: str = ""
             "### Where fastserve loses",
             losses_text(result),
             *with_clients,
+            *with_crowd,
             "### Every server",
             details(result),
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import clients
+import crowd
 import report
 from compare import comparison
 from contenders import CONTENDERS, HERE, Contender, slowed
@@ -31,6 +32,7 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PERFORMANCE = DOCS / "performance.md"
 CLIENTS = RESULTS / "clients.json"  # what bench/clients.py has measured
+CROWD = RESULTS / "crowd.json"  # what bench/crowd.py has measured
 CHARTS = {
     "CPU time per request, by server and work": "images/cpu-per-request.svg",
     "Throughput against connections": "images/throughput.svg",
@@ -164,7 +166,8 @@ def write_documents(result: dict[str, Any]) -> None:
     charts.draw_throughput(result, throughput, note)
     from_root = {text: f"docs/{path}" for text, path in CHARTS.items()}
     measured = clients.markdown(json.loads(CLIENTS.read_text("utf-8"))) if CLIENTS.exists() else ""
-    performance = report.page(result, CHARTS, measured)
+    crowded = crowd.markdown(json.loads(CROWD.read_text("utf-8"))) if CROWD.exists() else ""
+    performance = report.page(result, CHARTS, measured, crowded)
     for page, part in ((PERFORMANCE, performance), (README, report.readme(result, from_root))):
         page.write_text(report.replaced(page.read_text("utf-8"), part), "utf-8")
         say(f"wrote {page.relative_to(ROOT)}")

@@ -1,18 +1,24 @@
-"""Serve for long, and see that nothing is lost and nothing is left: ``python bench/soak.py datagrams|connections``.
+"""Serve for long, and see that nothing is lost and nothing is left: ``python bench/soak.py WHAT``.
 
 ``datagrams`` sends datagrams through a ``UDPServer`` and compares what was sent with what was handled and what the
 kernel dropped (``/proc/net/udp``), and descriptors, threads and memory before and after. It ends with status 1 if
 something does not add up. ``connections`` makes connections to a ``ThreadingTCPServer`` from several threads, one
-exchange each, every tenth of which makes the handler raise, and counts the answers. Both need Linux.
+exchange each, every tenth of which makes the handler raise, and counts the answers; ``greenlets`` does so to a
+``GreenletTCPServer``. ``mixed`` keeps 2,000 connections to one, and meanwhile makes others by chance that break in the
+middle, end their sending side, time out, flood or pipeline. All need Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import os
+import random
+import resource
 import socket
+import struct
 import sys
 import threading
 import time
@@ -149,7 +155,7 @@ class Exchange(fastserve.StreamRequestHandler):
             raise ValueError(line)
 
 
-class StreamServer(fastserve.ThreadingTCPServer):
+class CountingServer(fastserve.TCPServer):
     """Counts the errors of its handlers."""
 
     request_queue_size = 1024
@@ -163,13 +169,21 @@ class StreamServer(fastserve.ThreadingTCPServer):
         next(self.errors)
 
 
-def soak_connections(options: argparse.Namespace) -> list[str]:
+class ThreadingServer(fastserve.ThreadingMixIn, CountingServer):
+    """A thread for each connection."""
+
+
+class GreenletServer(fastserve.GreenletMixIn, CountingServer):
+    """A greenlet for each connection."""
+
+
+def soak_connections(options: argparse.Namespace, server_class: type[CountingServer]) -> list[str]:
     """Connect ``requests`` times from ``clients`` threads; return what does not add up."""
     faults: list[str] = []
     begun = time.monotonic()
     before = resources()
     numbers, wrong, warm = itertools.count(), [], {}
-    with StreamServer(("127.0.0.1", 0), Exchange) as server:
+    with server_class(("127.0.0.1", 0), Exchange) as server:
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
 
@@ -202,7 +216,7 @@ def soak_connections(options: argparse.Namespace) -> list[str]:
     end = resources_left(before)
     errors = next(server.errors)
     print(
-        f"connections: {done:,} made, {len(wrong)} not answered, {errors:,} handlers raised, "
+        f"{options.what}: {done:,} made, {len(wrong)} not answered, {errors:,} handlers raised, "
         f"{time.monotonic() - begun:.1f} s; {fastserve.implementation}"
     )
     for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
@@ -219,7 +233,169 @@ def soak_connections(options: argparse.Namespace) -> list[str]:
     return faults
 
 
-SOAKS = {"datagrams": (soak_datagrams, 2_000_000), "connections": (soak_connections, 200_000)}
+class Patient(fastserve.StreamRequestHandler):
+    """Answer line after line; a line of ``timeout`` bounds the waits from then on."""
+
+    def handle(self) -> None:
+        while line := self.rfile.readline():
+            if line == b"timeout\n":
+                self.connection.settimeout(0.2)
+            self.wfile.write(line)
+
+
+class MixedServer(fastserve.GreenletTCPServer):
+    """Knows the errors of its handlers that no client is to blame for."""
+
+    request_queue_size = 1024
+    allow_reuse_address = True
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.blamed: dict[str, int] = {}
+        self.unexpected: list[str] = []
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        error = sys.exception()
+        if isinstance(error, (TimeoutError, ConnectionError)):
+            self.blamed[type(error).__name__] = self.blamed.get(type(error).__name__, 0) + 1
+        else:
+            self.unexpected.append(repr(error))
+
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() ends the connection with RST
+LINES = b"".join(b"%d\n" % number for number in range(100))
+
+
+def breaks(client: socket.socket, chance: random.Random) -> bool:
+    """Leave in the middle of a line, with a reset."""
+    client.sendall(LINES[: chance.randrange(len(LINES))])
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    return True
+
+
+def half_closes(client: socket.socket, chance: random.Random) -> bool:
+    """End the sending side amid a line, and read all that comes back."""
+    sent = LINES[: chance.randrange(len(LINES))]
+    client.sendall(sent)
+    client.shutdown(socket.SHUT_WR)
+    with client.makefile("rb") as answer:
+        return answer.read() == sent
+
+
+def times_out(client: socket.socket, chance: random.Random) -> bool:
+    """Send half a line, and wait until the server no longer does."""
+    client.sendall(b"timeout\nhalf a line")
+    with client.makefile("rb") as answer:
+        return answer.read() == b"timeout\n"
+
+
+def floods(client: socket.socket, chance: random.Random) -> bool:
+    """Send much and read nothing, until nothing more is taken, and leave with a reset."""
+    client.setblocking(False)
+    for _ in range(chance.randrange(1, 40)):
+        try:
+            client.send(LINES * 200)
+        except BlockingIOError:
+            time.sleep(0.005)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    return True
+
+
+def pipelines(client: socket.socket, chance: random.Random) -> bool:
+    """Send many lines at once, twice, and read the answers."""
+    with client.makefile("rb") as answers:
+        for _ in range(2):
+            client.sendall(LINES)
+            if answers.read(len(LINES)) != LINES:
+                return False
+    return True
+
+
+# What a connection does, and how often of a hundred: each that times out takes a client 0.2 s.
+DEEDS = [(breaks, 40), (half_closes, 25), (pipelines, 28), (floods, 5), (times_out, 2)]
+KEPT = 2000
+
+
+def soak_mixed(options: argparse.Namespace) -> list[str]:
+    """Keep connections, and make others that do what clients do; return what does not add up."""
+    faults: list[str] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    keep = min(KEPT, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500) // 2)
+    begun = time.monotonic()
+    before = resources()
+    numbers, failed, done, warm = itertools.count(), [], [0] * options.clients, {}
+    with MixedServer(("127.0.0.1", 0), Patient) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        kept = [socket.create_connection(server.server_address, 60) for _ in range(keep)]
+
+        def exchange(client: socket.socket) -> bool:
+            client.sendall(b"still there?\n")
+            return client.recv(13, socket.MSG_WAITALL) == b"still there?\n"
+
+        def connect(mine: int) -> None:
+            chance = random.Random(mine)
+            for number in numbers:
+                if number >= options.requests or time.monotonic() - begun > options.seconds:
+                    return
+                (deed,) = chance.choices([deed for deed, _ in DEEDS], [often for _, often in DEEDS])
+                try:
+                    with socket.socket() as client:
+                        client.settimeout(60)
+                        client.bind((f"127.0.0.{number % 200 + 1}", 0))
+                        client.connect(server.server_address)
+                        if not deed(client, chance):
+                            failed.append(f"{number}: {deed.__name__}")
+                    if not exchange(kept[mine + options.clients * chance.randrange(keep // options.clients)]):
+                        failed.append(f"{number}: kept")
+                except OSError as error:
+                    failed.append(f"{number}: {deed.__name__}: {error!r}")
+                done[mine] += 1
+                if number == options.requests // 4:
+                    warm.update(resources())
+
+        clients = [threading.Thread(target=connect, args=(mine,)) for mine in range(options.clients)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        alive = sum(map(exchange, kept))
+        after = resources()
+        for connection in kept:
+            connection.close()
+        server.shutdown()
+        serving.join()
+    end = resources_left(before)
+    blamed = ", ".join(f"{count:,} {name}" for name, count in sorted(server.blamed.items()))
+    print(
+        f"mixed: {sum(done):,} connections beside {keep:,} that stayed, {alive:,} of which answered at the end; "
+        f"{blamed or 'no errors'}; {time.monotonic() - begun:.1f} s; {fastserve.implementation}"
+    )
+    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
+        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    if failed:
+        faults.append(f"{len(failed)} connections did not get what they should, the first {failed[0]}")
+    if server.unexpected:
+        faults.append(
+            f"{len(server.unexpected)} handlers raised what no client can cause, first {server.unexpected[0]}"
+        )
+    if alive != keep:
+        faults.append(f"{keep - alive} connections that stayed had no answer")
+    for name in ("descriptors", "threads"):
+        if end[name] != before[name]:
+            faults.append(f"{before[name]} {name} before, {end[name]} after")
+    if warm and after["KiB"] - warm["KiB"] > GROWTH:
+        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
+    return faults
+
+
+SOAKS = {
+    "datagrams": (soak_datagrams, 2_000_000),
+    "connections": (functools.partial(soak_connections, server_class=ThreadingServer), 200_000),
+    "greenlets": (functools.partial(soak_connections, server_class=GreenletServer), 100_000),
+    "mixed": (soak_mixed, 40_000),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,7 +404,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bench/soak.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=SOAKS)
-    parser.add_argument("--requests", type=int, metavar="N", help="(default: 2,000,000 datagrams, 200,000 connections)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        metavar="N",
+        help="(default: 2,000,000 datagrams, 200,000 connections, 100,000 by greenlets, 40,000 mixed)",
+    )
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="at most (default: %(default)s)")
     parser.add_argument("--burst", type=int, default=50, metavar="N", help="sent in a row (default: %(default)s)")
     parser.add_argument(

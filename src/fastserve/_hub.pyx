@@ -328,8 +328,13 @@ cdef class Hub:
         return self.this_task()
 
     def park(self, timeout=None):
-        """Wait for ``wake`` or ``post``; return whether it came, and not the timeout."""
-        cdef Task me = self.this_task()
+        """Wait for ``wake`` or ``post``; return whether it came, and not the timeout. It may return for nothing."""
+        cdef Task me
+        if self.corked:
+            # What comes while that has to wait wakes nobody a second time: the caller looks again what it waits for.
+            self.flush()
+            return True
+        me = self.this_task()
         self.park_until(me, INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT))
         return not me.timed_out
 
@@ -619,6 +624,8 @@ cdef class Hub:
         if self.budget <= 0:
             me = self.this_task()
             if me is not self.root:
+                if self.corked:
+                    self.flush()  # it may have to wait itself, and would take the waking for its own
                 self.wake_task(me)
                 self.park_task(me)
             self.budget = BUDGET
