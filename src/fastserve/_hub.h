@@ -46,6 +46,13 @@ static inline int fs_descriptor_of(PyObject *socket)
     return ((fs_socket *)socket)->descriptor;
 }
 
+/* Whether it is a stream of TCP. */
+static inline int fs_is_tcp(PyObject *socket)
+{
+    const fs_socket *found = (fs_socket *)socket;
+    return (found->family == AF_INET || found->family == AF_INET6) && found->type == SOCK_STREAM;
+}
+
 /* Seconds; negative: none. */
 static inline double fs_timeout_of(PyObject *socket)
 {
@@ -55,7 +62,7 @@ static inline double fs_timeout_of(PyObject *socket)
 static inline void fs_know_sockets(PyObject *one, int descriptor, PyObject *other, double timeout)
 {
     fs_knows_sockets = Py_TYPE(one)->tp_basicsize >= (Py_ssize_t)sizeof(fs_socket)
-        && fs_descriptor_of(one) == descriptor && fs_timeout_of(one) < 0.0 && fs_timeout_of(other) == timeout;
+        && fs_is_tcp(one) && fs_descriptor_of(one) == descriptor && fs_timeout_of(one) < 0.0 && fs_timeout_of(other) == timeout;
 }
 
 #endif

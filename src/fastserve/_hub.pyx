@@ -42,6 +42,7 @@ cdef extern from "_hub.h" nogil:
     int fs_knows_sockets
     void fs_know_sockets(PyObject *, int, PyObject *, double)
     int fs_descriptor_of(PyObject *)
+    int fs_is_tcp(PyObject *)
     double fs_timeout_of(PyObject *)
     void *fs_hub_get()
     void fs_hub_set(void *)
@@ -78,6 +79,12 @@ _look_inside_sockets()
 
 cdef int descriptor_of(object connection) except -2:
     return fs_descriptor_of(<PyObject *>connection) if fs_knows_sockets else <int>_descriptor_method(connection)
+
+
+cdef bint is_tcp(object connection) except -1:
+    if fs_knows_sockets:
+        return fs_is_tcp(<PyObject *>connection)
+    return <int>_family_of(connection) in (AF_INET, AF_INET6) and <int>_type_of(connection) == SOCK_STREAM
 
 
 cdef Hub running_hub():
@@ -444,9 +451,7 @@ cdef class Hub:
             self.slots[fd].owner = <void *>connection
             # A short read tells that nothing is left for a stream of TCP alone: that of a Unix socket ends where a
             # message carries descriptors, that of a datagram socket with each datagram.
-            self.slots[fd].peculiar = (
-                <int>_family_of(connection) not in (AF_INET, AF_INET6) or <int>_type_of(connection) != SOCK_STREAM
-            )
+            self.slots[fd].peculiar = not is_tcp(connection)
         return &self.slots[fd]
 
     cdef void clear_slot(self, int fd):
