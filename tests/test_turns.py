@@ -404,9 +404,7 @@ def test_the_methods_that_a_patch_exchanges_count_as_not_overridden(impl: str, k
     assert bool(found) == (impl == "py")
 
 
-def test_a_handler_that_raises_is_in_the_traceback(
-    server_class: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_handler_that_raises_is_in_the_traceback(server_class: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def the_handler(request: Any, client_address: Any, server: Any) -> None:
         server.requests.append(request)
         raise LookupError("in the handler")

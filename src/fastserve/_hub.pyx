@@ -41,6 +41,8 @@ cdef extern from "_hub.h" nogil:
     double fs_timeout_of(PyObject *)
     void *fs_hub_get()
     void fs_hub_set(void *)
+    void *fs_frames_begin()
+    void fs_frames_end(void *)
 
 cdef extern from "Python.h":
     object PyContext_New()
@@ -105,32 +107,36 @@ cdef class Task:
         """Run requests, one after the other: the greenlet's life."""
         cdef Hub hub = self.hub
         cdef object context
-        while self.function is not None:
-            context = PyContext_New()
-            PyContext_Enter(context)
-            try:
-                if not self.killed:
-                    self.function(*self.arguments)
-                if hub.corked:
-                    hub.end_flush()
-            except GreenletExit:
-                pass
-            except BaseException as error:
-                hub.failure = error
-            finally:
-                PyContext_Exit(context)
-                context = None
-            if hub.stale:
-                # A child that a handler has forked, and whose handler has returned: with threads it would end here.
-                _os._exit(0)
-            self.function = self.arguments = None
-            self.killed = False
-            hub.finished(self)
-            if len(hub.pool) >= POOLED or self.ending:
-                break
-            hub.pool.append(self)
-            hub.park_task(self)
-        hub.tasks.remove(self)
+        cdef void *frames = fs_frames_begin()
+        try:
+            while self.function is not None:
+                context = PyContext_New()
+                PyContext_Enter(context)
+                try:
+                    if not self.killed:
+                        self.function(*self.arguments)
+                    if hub.corked:
+                        hub.end_flush()
+                except GreenletExit:
+                    pass
+                except BaseException as error:
+                    hub.failure = error
+                finally:
+                    PyContext_Exit(context)
+                    context = None
+                if hub.stale:
+                    # A child that a handler has forked, and whose handler has returned: with threads it would end here.
+                    _os._exit(0)
+                self.function = self.arguments = None
+                self.killed = False
+                hub.finished(self)
+                if len(hub.pool) >= POOLED or self.ending:
+                    break
+                hub.pool.append(self)
+                hub.park_task(self)
+            hub.tasks.remove(self)
+        finally:
+            fs_frames_end(frames)
         # The greenlet goes on in its parent, the root, which looks again what there is to do.
 
 
