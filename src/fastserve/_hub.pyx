@@ -119,7 +119,7 @@ cdef class Task:
                 PyContext_Enter(context)
                 try:
                     try:
-                        # One that was killed before it began too, so that it releases what it was given: its waits raise.
+                        # One that was killed before it began too: it releases what it was given, and its waits raise.
                         self.function(*self.arguments)
                     finally:
                         if hub.corked:
