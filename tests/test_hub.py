@@ -547,9 +547,7 @@ def test_the_end_frees_greenlets_and_descriptors(impl: str) -> None:
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ZeroDivisionError])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_what_comes_out_of_a_task_is_raised_by_the_root(
-    hub: Any, raised: type[BaseException], at_once: bool
-) -> None:
+def test_what_comes_out_of_a_task_is_raised_by_the_root(hub: Any, raised: type[BaseException], at_once: bool) -> None:
     def task() -> None:
         if not at_once:
             hub.park(0.01)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import fastserve
+from fastserve._loop import State
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 
 pytest.importorskip("greenlet", reason="greenlets need the package greenlet")
@@ -479,6 +480,7 @@ def test_requests_left_by_an_interrupt_go_on_in_server_close() -> None:
 
     def interrupt() -> None:
         assert client.recv(100) == b"begun"
+        wait_until(lambda: State.of(server).hubs[0].idle)  # before, it would meet the handler
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -15,7 +15,11 @@ from libc.string cimport memchr, memcpy, memset
 from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._hub cimport CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all
+from fastserve._hub cimport (
+    (,
+)
+    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all,
+)
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, close_descriptor, fs_accept, fs_recv, fs_send, fs_shutdown_and_close,
     sockaddr, sockaddr_storage, socklen_t,
@@ -122,7 +126,10 @@ cdef class _Green:
             hub.flush()
         if hub.budget <= 0:
             hub.spend()
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            return _PyConnection.recv_into(self, buffer, nbytes, flags)  # which raises what a socket does
         try:
             size = view.len
             if nbytes:
@@ -155,6 +162,11 @@ cdef class _Green:
         if mode == "rb" and (buffering is None or (type(buffering) is int and buffering != 0)):
             return Reader(self)
         return _PyConnection.makefile(self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
+
+    def accept(self):
+        accepted = _PyConnection.accept(self)
+        accepted[0].__class__ = Connection
+        return accepted
 
     def fileno(self):
         cdef Hub hub = running_hub()
@@ -248,7 +260,7 @@ cdef class Reader:
     cdef object sock  # the connection; None when it is closed
     cdef bytes rest  # received and not read yet, from ``position`` on
     cdef Py_ssize_t position
-    cdef bint timed_out
+    cdef bint timed_out, detached
     cdef object made_raw
     cdef object __weakref__
 
@@ -263,7 +275,7 @@ cdef class Reader:
 
     cdef object opened(self):
         if self.sock is None:
-            raise ValueError("I/O operation on closed file.")
+            raise ValueError("raw stream has been detached" if self.detached else "I/O operation on closed file.")
         return self.sock
 
     cdef int keep(self, bytes rest, Py_ssize_t position) except -1:
@@ -441,7 +453,7 @@ cdef class Reader:
             return self.take(min(wanted, self.left()))
         return self.receive_bytes(wanted) or b""
 
-    def peek(self, size=0, /):
+    def peek(self, Py_ssize_t size=0, /):
         self.opened()
         if not self.left():
             self.keep(self.receive_bytes(DEFAULT) or b"", 0)
@@ -457,6 +469,8 @@ cdef class Reader:
         cdef Py_ssize_t filled = 0
         self.begin()
         with memoryview(buffer) as given, given.cast("B") as view:
+            if view.readonly:
+                raise TypeError(f"argument must be read-write bytes-like object, not {type(buffer).__name__}")
             while filled < len(view):
                 if not self.left():
                     if once and filled:
@@ -475,12 +489,13 @@ cdef class Reader:
         return filled
 
     def readlines(self, hint=-1, /):
+        cdef Py_ssize_t most = -1 if hint is None else hint
+        cdef Py_ssize_t size = 0
         found = []
-        size = 0
         for line in self:
             found.append(line)
             size += len(line)
-            if hint is not None and 0 < hint <= size:
+            if 0 < most < size:
                 break
         return found
 
@@ -502,6 +517,8 @@ cdef class Reader:
         self.close()
 
     def close(self):
+        if self.detached:
+            self.opened()
         if self.sock is not None:
             sock = self.sock
             self.keep(b"", 0)
@@ -512,6 +529,8 @@ cdef class Reader:
 
     @property
     def closed(self):
+        if self.detached:
+            self.opened()
         return self.sock is None
 
     @property
@@ -525,6 +544,7 @@ cdef class Reader:
         raw = self.raw
         self.made_raw = None  # it is the caller's to close
         self.close()
+        self.detached = True
         return raw
 
     @property
@@ -547,7 +567,6 @@ cdef class Reader:
         return True
 
     def writable(self):
-        self.opened()
         return False
 
     def seekable(self):
@@ -561,7 +580,7 @@ cdef class Reader:
         raise _unsupported("File or stream is not seekable.")
 
     def tell(self):
-        raise _unsupported("File or stream is not seekable.")
+        raise _unsupported("seek")
 
     def truncate(self, size=None, /):
         raise _unsupported("truncate")
@@ -570,7 +589,8 @@ cdef class Reader:
         raise _unsupported("write")
 
     def writelines(self, lines, /):
-        raise _unsupported("write")
+        for line in lines:
+            self.write(line)
 
 
 cdef enum:

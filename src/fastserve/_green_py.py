@@ -5,14 +5,13 @@ The C twin derives from the class that is here, and does the calls that make up 
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import errno
 import os
 import socket
 from collections.abc import Iterator
 from typing import Any, Final
-
-import _socket
 
 from fastserve import _streams_py, _waiting
 

@@ -23,8 +23,8 @@ cdef enum:
     MAX_EVENTS = 256  # events taken from the kernel at a time
     SCRATCH = 262144  # bytes received at a time
     CORK = 65536  # bytes of replies gathered while requests are left to read
-    # What a greenlet may do until it is the turn of others: 64 calls of the kernel that succeed, or 1,024 reads of what was
-    # received already, or a quarter of a MiB received.
+    # What a greenlet may do until it is the turn of others: 64 calls of the kernel that succeed, or 1,024 reads of what
+    # was received already, or a quarter of a MiB received.
     BUDGET = 1024
     CALL = 16
     PER_UNIT = 256  # bytes received

@@ -15,9 +15,9 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, PyObject
-from libc.errno cimport EAGAIN, EEXIST, EINTR, ENOENT
+from libc.errno cimport EAGAIN, EEXIST, EINTR
 from libc.math cimport INFINITY, ceil
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
@@ -62,8 +62,8 @@ cdef object _descriptor_method = _socket.socket.fileno
 cdef object _family_of = _socket.socket.family.__get__
 cdef object _type_of = _socket.socket.type.__get__
 cdef object _timeout_of = _socket.socket.gettimeout
-# What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child, and
-# with them the connections of the parent.
+# What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child,
+# and with them the connections of the parent.
 cdef list _inherited = []
 cdef list _hubs = _waiting.hubs
 
@@ -290,7 +290,7 @@ cdef class Hub:
     # Tasks.
 
     def start(self, function, *arguments):
-        """Begin a task at once, in the calling greenlet's place; go on when it waits for the first time, or has ended."""
+        """Begin a task at once, in the caller's place; go on when it waits for the first time, or has ended."""
         cdef Task task, me
         if self.corked:
             self.flush()

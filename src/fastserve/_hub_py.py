@@ -405,7 +405,7 @@ class Hub:
             raise TimeoutError("timed out")
 
     def expose(self, sock: socket.socket, fd: int) -> None:
-        """Gather nothing for ``sock`` from now on, whose descriptor somebody has asked for: nothing is gathered here."""
+        """Gather nothing for ``sock`` from now on, whose descriptor somebody has asked for. Nothing is gathered here."""
 
     def send_gathered(self) -> None:
         """Send what was gathered of earlier replies: nothing, where it is sent at once."""

@@ -79,7 +79,12 @@ cdef object _accept_green = None
 cdef object _end_green = None
 cdef object _ended_by = None
 cdef object _process_green = None
+# Of connections with TLS.
+cdef object _unfinished = frozenset()
+cdef object _finish_handshake = None
+cdef object _is_failed_handshake = None
 
+cdef object _plain_socket = _socket_module.socket
 cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
 
@@ -124,6 +129,17 @@ def know_greenlets(hub, connection, accept, end, ended_by, process_request):
         _process_green = process_request
         for i in range(PLACES):
             seen[i].cls = NULL
+
+
+def know_handshakes(unfinished, finish_handshake, is_failed_handshake):
+    """Remember how the handshakes of connections with TLS are done.
+
+    :param unfinished: the classes of connections whose handshake is to be done.
+    :param finish_handshake: does it, and returns whether it succeeded.
+    :param is_failed_handshake: tells whether an ``OSError`` of ``verify_request`` is a handshake that failed in it.
+    """
+    global _unfinished, _finish_handshake, _is_failed_handshake
+    _unfinished, _finish_handshake, _is_failed_handshake = unfinished, finish_handshake, is_failed_handshake
 
 
 cdef unsigned int look_at(object server, PyTypeObject *cls, Seen *place) except 0:
@@ -220,16 +236,26 @@ def run(server, loop):
 cdef int handle_request(object server, object hub) except -1:
     """Do what ``_handle_request_noblock`` does, ``get_request`` included."""
     try:
-        if hub is not None:
-            request, client_address = _accept_green(server.socket)
+        listener = server.socket
+        if type(listener) is not _plain_socket:
+            request, client_address = server.get_request()
+        elif hub is not None:
+            request, client_address = _accept_green(listener)
         else:
-            request, client_address = accept_from(server.socket, _Connection)
+            request, client_address = accept_from(listener, _Connection)
     except OSError as error:
         _accept_failed(server, error)
         return 0
-    if not is_own(server, VERIFY, "verify_request") and not server.verify_request(request, client_address):
-        end(server, request)
-        return 0
+    if not is_own(server, VERIFY, "verify_request"):
+        try:
+            verified = server.verify_request(request, client_address)
+        except OSError as error:
+            if not _is_failed_handshake(error):
+                raise
+            verified = False
+        if not verified:
+            end(server, request)
+            return 0
     try:
         if is_own(server, PROCESS, "process_request"):
             finish(server, request, client_address)
@@ -311,10 +337,21 @@ cdef inline bint is_plain_connection() except -1:
     return _connection_is_plain
 
 
+cdef inline bint is_ready(object request) except -1:
+    """Return whether a request may be handled. The handshake of a connection with TLS may be to be done first."""
+    return (
+        type(request) is _Connection
+        or type(request) is _GreenConnection
+        or type(request) not in _unfinished
+        or _finish_handshake(request)
+    )
+
+
 def process_request_thread(server, request, client_address):
     """Do what ``ThreadingMixIn.process_request_thread`` does."""
     try:
-        finish(server, request, client_address)
+        if is_ready(request):
+            finish(server, request, client_address)
     except Exception:
         server.handle_error(request, client_address)
     finally:
@@ -328,7 +365,8 @@ def process_request_greenlet(server, request, client_address):
             server.process_request_thread(request, client_address)
             return
         try:
-            finish(server, request, client_address)
+            if is_ready(request):
+                finish(server, request, client_address)
         except Exception:
             server.handle_error(request, client_address)
         finally:

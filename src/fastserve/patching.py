@@ -78,6 +78,7 @@ def patch(threading: Threading | None = None) -> None:
         is, which is ``"thread"`` at first. The mix-ins of this package are what their names say in any case.
     :raises ValueError: if ``threading`` is something else.
     :raises ImportError: if greenlets are asked for, and greenlet is not installed. Nothing is changed then.
+    :raises RuntimeError: if no greenlets can serve in this process, which gevent has patched, say. Likewise.
     """
     global _threading
     _check(threading)

@@ -13,7 +13,7 @@ import socketserver
 from collections.abc import Callable
 from typing import Any, Final, Self
 
-from fastserve import _backend, datagrams, pollers
+from fastserve import _backend, datagrams, pollers, tls
 from fastserve._loop import (
     STATE,
     Loop,
@@ -200,7 +200,13 @@ class BaseServer(socketserver.BaseServer):
         except OSError as error:
             _accept_failed(self, error)
             return
-        if self.verify_request(request, client_address):
+        try:
+            verified = self.verify_request(request, client_address)
+        except OSError as error:
+            if not tls.is_failed_handshake(error):
+                raise
+            verified = False
+        if verified:
             try:
                 self.process_request(request, client_address)
             except Exception:
@@ -344,7 +350,10 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         The loop's thread calls it when the listener is readable; called at another time it waits. It may be
         overridden; the loop drops an ``OSError`` that it raises.
         """
-        return _backend.core.accept(self.socket, _backend.streams.Connection)
+        listener = self.socket
+        if type(listener) is not socket.socket and tls.is_listener(listener):
+            return tls.accept(self, False)
+        return _backend.core.accept(listener, _backend.streams.Connection)
 
     def shutdown_request(self, request: Any) -> None:
         """Shut down the sending side of a connection, so that the client sees its end, and close it."""

@@ -66,7 +66,7 @@ def to_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs
     task = hub.this()
     if hub.executor is None:
         hub.executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="fastserve to_thread")
-    future = hub.executor.submit(call)
+    future: concurrent.futures.Future[_R] = hub.executor.submit(call)
     future.add_done_callback(lambda future: hub.post(task))
     try:
         while not future.done():

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     build = "free-threaded, " if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
     try:
         greenlets = "c" if _backend.hub().__name__ == "fastserve._hub" else "py"
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         greenlets = f"not available ({error})"
     facts = {
         "fastserve": fastserve.__version__,

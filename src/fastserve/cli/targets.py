@@ -29,7 +29,7 @@ def require_greenlets() -> None:
     try:
         _backend.hub()
         _backend.green()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         if find_spec("greenlet") is None:
             what = 'greenlet, which the extra brings: pip install "fastserve[greenlet]"'
             raise UsageError(f"--worker greenlet needs {what}") from None

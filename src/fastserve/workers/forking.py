@@ -9,7 +9,7 @@ import time
 from collections.abc import Set
 from typing import Any, Final
 
-from fastserve import pollers
+from fastserve import pollers, tls
 from fastserve._loop import Loop, SelectorLoop, State, quiet_service_actions
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers._past import past
@@ -70,6 +70,8 @@ if hasattr(os, "fork"):
         :cvar timeout: seconds after which ``handle_request()`` collects children although no request came; 300.
         :cvar max_children: children at a time; at this number the next request waits for one to end. 40.
         :cvar block_on_close: whether :meth:`server_close` waits for the children; ``True`` by default.
+        :cvar handshake_timeout: seconds that a client may take for the handshake, where the listener was wrapped by
+            ``ssl.SSLContext.wrap_socket``; 10 by default, ``None`` is endless. The child does the handshake.
         :ivar active_children: the process ids of the children, a set; ``None`` before the first.
         """
 
@@ -80,6 +82,8 @@ if hasattr(os, "fork"):
         max_children = 40
 
         block_on_close = True
+
+        handshake_timeout: float | None = tls.HANDSHAKE_TIMEOUT
 
         def collect_children(self, *, blocking: bool = False) -> None:
             """Collect the children that have ended, and wait for one if there are :attr:`max_children`.
@@ -119,6 +123,7 @@ if hasattr(os, "fork"):
             """Collect children: the loop calls it after every turn, and when a child has ended."""
             self.collect_children()
 
+        @tls.finishes_handshakes
         def process_request(self, request: Any, client_address: Any) -> None:
             """Fork a child that handles the request, and close the parent's side of it.
 
@@ -137,7 +142,8 @@ if hasattr(os, "fork"):
                 return
             status = 1
             try:
-                self.finish_request(request, client_address)  # type: ignore[attr-defined]
+                if type(request) not in tls.unfinished or tls.finish_handshake(request):
+                    self.finish_request(request, client_address)  # type: ignore[attr-defined]
                 status = 0
             except Exception:
                 self.handle_error(request, client_address)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import socketserver
 import threading
 from typing import Any, Final
 
-from fastserve import _backend, _waiting
+from fastserve import _backend, _waiting, tls
 from fastserve._loop import Loop, State, quiet_service_actions
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following, is_stdlib
@@ -100,10 +100,13 @@ class GreenletMixIn(ThreadingMixIn):
         get_request = super().get_request  # type: ignore[misc]
         if (
             getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
-            and type(self.socket) is socket.socket  # type: ignore[attr-defined]
             and _waiting.running() is not None
         ):
-            return _backend.green().accept(self.socket)  # type: ignore[attr-defined]
+            listener = self.socket  # type: ignore[attr-defined]
+            if type(listener) is socket.socket:
+                return _backend.green().accept(listener)
+            if tls.is_listener(listener):
+                return tls.accept(self, True)
         return get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -175,8 +178,10 @@ def _release(server: Any, hub: Any) -> None:
 
 def _make_nonblocking(server: Any) -> socket.socket | None:
     """Let the accept of a connection that another process has taken meanwhile fail, instead of waiting for the next."""
-    listener = getattr(server, "socket", None)
-    if type(listener) is not socket.socket or listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
+    listener: socket.socket | None = getattr(server, "socket", None)
+    if listener is None or not (type(listener) is socket.socket or tls.is_listener(listener)):
+        return None
+    if listener.type != socket.SOCK_STREAM or listener.gettimeout() is not None:
         return None
     if listener.fileno() < 0 or not os.get_blocking(listener.fileno()):
         return None
@@ -204,6 +209,8 @@ def start(hub: Any, server: Any, request: Any, client_address: Any) -> None:
 def _make_cooperative(request: Any) -> None:
     if type(request) in _PLAIN:
         _backend.green().adopt(request)
+    elif type(request).__module__ == "ssl" or type(request) in tls.unfinished:
+        tls.make_cooperative(request)
 
 
 def _process_request_greenlet() -> Any:

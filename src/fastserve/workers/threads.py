@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastserve import _backend
+from fastserve import _backend, tls
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers import _reuse
 from fastserve.workers._past import past
@@ -76,6 +76,9 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         default.
     :cvar reuse_threads: whether an operating-system thread may handle one request after the other; ``True`` by
         default. ``threading`` shows a new thread for each request in any case.
+    :cvar handshake_timeout: seconds that a client may take for the handshake, where the listener was wrapped by
+        ``ssl.SSLContext.wrap_socket``; 10 by default, ``None`` is endless. The thread does the handshake before it
+        handles the request. One that fails is not reported, as in the stdlib.
     """
 
     daemon_threads = False
@@ -84,12 +87,16 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
 
     reuse_threads = True
 
+    handshake_timeout: float | None = tls.HANDSHAKE_TIMEOUT
+
     _threads = _NoThreads()
 
+    @tls.finishes_handshakes
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Handle a request, and its errors, in its thread. It may be overridden on the class or an instance."""
         try:
-            self.finish_request(request, client_address)  # type: ignore[attr-defined]
+            if type(request) not in tls.unfinished or tls.finish_handshake(request):
+                self.finish_request(request, client_address)  # type: ignore[attr-defined]
         except Exception:
             self.handle_error(request, client_address)  # type: ignore[attr-defined]
         finally:

@@ -1,0 +1,124 @@
+"""TLS by the stdlib's recipe: ``server.socket = context.wrap_socket(server.socket, server_side=True)``.
+
+``accept()`` of such a listener does the handshake too, so that in the stdlib one silent client stalls all others.
+Here the loop accepts only, and whoever handles the request does the handshake first: the thread, the greenlet, the
+forked child. This module is imported by every server; the module ``ssl`` is imported with the first such listener.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from fastserve import _backend
+
+_MARK: Final = "_fastserve_failed_handshake"
+
+HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
+
+# The classes of connections whose handshake is to be done.
+unfinished: Final[set[type]] = set()
+
+# The methods that do it before they handle a request, by the names under which a server has them.
+_finishers: Final[list[tuple[str, Callable[..., Any]]]] = []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Connection":
+        from fastserve import _tls
+
+        return _tls.Connection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def finishes_handshakes(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the method of a worker model that calls :func:`finish_handshake`."""
+    _finishers.append((method.__name__, method))
+    return method
+
+
+def is_listener(listener: object) -> bool:
+    """Return whether ``listener`` is an ``ssl.SSLSocket`` whose ``accept()`` does what the stdlib's does.
+
+    It is not where the class of the socket or of its connections (``SSLContext.sslsocket_class``) is derived, or a
+    method that takes part was overridden or replaced: what they do then is not known.
+    """
+    if type(listener).__module__ != "ssl" or _backend.monkey_patched():
+        return False
+    from fastserve import _tls
+
+    return _tls.is_plain_listener(listener)
+
+
+def accept(server: Any, cooperative: bool) -> tuple[Any, Any]:
+    """Accept a connection, without its handshake if somebody else will do that.
+
+    :param server: one for whose ``socket`` :func:`is_listener` is true.
+    :param cooperative: whether the connection is to wait in the hub of the calling thread.
+    :raises OSError: if there is none, or it has been given up already.
+    """
+    listener = server.socket
+    if not cooperative and not (listener.do_handshake_on_connect and _has_finisher(server)):
+        return listener.accept()  # type: ignore[no-any-return]
+    from fastserve import _tls
+
+    plain, address = socket.socket.accept(listener)
+    try:
+        request = listener.context.wrap_socket(
+            plain,
+            server_side=True,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=listener.suppress_ragged_eofs,
+        )
+    except OSError as error:
+        # Whatever it is, it is this connection that has failed, and not the listener.
+        raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED)) from error
+    finally:
+        plain.close()  # it has given up its descriptor, unless that failed
+    request.do_handshake_on_connect = listener.do_handshake_on_connect
+    if cooperative:
+        _tls.make_cooperative(request)
+    if listener.do_handshake_on_connect:
+        _tls.postpone_handshake(request, getattr(server, "handshake_timeout", HANDSHAKE_TIMEOUT))
+    return request, address
+
+
+def _has_finisher(server: object) -> bool:
+    return any(vars(cls).get(name) is method for cls in type(server).__mro__ for name, method in _finishers)
+
+
+def finish_handshake(request: Any) -> bool:
+    """Do the handshake of a connection that is one of :data:`unfinished`; return whether it succeeded.
+
+    A client that fails, or takes too long, is nobody's error: nothing is raised or reported.
+    """
+    try:
+        request.finish_handshake()
+    except OSError:
+        return False
+    return True
+
+
+def mark(error: OSError) -> None:
+    """Note that ``error`` is a failed handshake, raised by the first call that needed it."""
+    vars(error)[_MARK] = True
+
+
+def is_failed_handshake(error: OSError) -> bool:
+    """Return whether ``error`` was marked: raised in ``verify_request`` it must not end the loop, nor be reported."""
+    return _MARK in vars(error)
+
+
+def make_cooperative(request: Any) -> None:
+    """Let a connection that an override of ``get_request`` has wrapped itself wait in the hub from now on."""
+    from fastserve import _tls
+
+    if not _backend.monkey_patched():
+        _tls.make_cooperative(request)
+
+
+if _backend.turns is not None:
+    _backend.turns.know_handshakes(unfinished, finish_handshake, is_failed_handshake)

@@ -1,0 +1,826 @@
+"""The connections that wait in a hub, beside plain sockets in threads as their model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+greenlet = pytest.importorskip("greenlet")
+
+import fastserve  # noqa: E402
+from fastserve import _backend  # noqa: E402
+from support import LIMIT, serving, talk, wait_until  # noqa: E402
+from test_hub import running  # noqa: E402
+
+BIG = 6_000_000  # bytes: more than the kernel keeps between two sockets
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return listener.accept()[0], client
+
+
+PAIRS: dict[str, Callable[[], tuple[socket.socket, socket.socket]]] = {"tcp": tcp_pair, "unix": socket.socketpair}
+
+
+def told(error: BaseException) -> Any:
+    return type(error), getattr(error, "errno", None)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns, or the class and the errno of what it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return told(error)
+
+
+def exchange(pair: str, handle: Callable[[Any], Any], client: Callable[[Any], Any], green: bool) -> Any:
+    """Run a handler on one end of a connection, and a client in a thread on the other; return what both return."""
+    ours, theirs = PAIRS[pair]()
+    theirs.settimeout(LIMIT)
+    results: dict[str, Any] = {}
+
+    def run(name: str, function: Callable[[Any], Any], sock: socket.socket) -> None:
+        try:
+            results[name] = function(sock)
+        except BaseException as error:
+            results[name] = told(error)
+        finally:
+            sock.close()
+
+    thread = threading.Thread(target=run, args=("client", client, theirs))
+    if not green:
+        server = threading.Thread(target=run, args=("handler", handle, ours))
+        thread.start()
+        server.start()
+        server.join(LIMIT)
+        assert not server.is_alive()
+    else:
+        with running() as hub:
+            _backend.green().adopt(ours)
+            thread.start()
+            hub.start(run, "handler", handle, ours)
+            assert hub.drain(LIMIT)
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+    return results["handler"], results["client"]
+
+
+# Handlers and clients. Each exchange has the same outcome in a hub and in a thread.
+
+CASES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {}
+
+
+def case(client: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    def note(handle: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        CASES[handle.__name__] = handle, client
+        return handle
+
+    return note
+
+
+def slowly(*parts: bytes, pause: float = 0.01) -> Callable[[Any], Any]:
+    """Return a client that sends parts with pauses, and then reads to the end."""
+
+    def client(sock: Any) -> Any:
+        for part in parts:
+            time.sleep(pause)
+            sock.sendall(part)
+        return read_all(sock)
+
+    return client
+
+
+def read_all(sock: Any) -> bytes:
+    received = []
+    while data := sock.recv(65536):
+        received.append(data)
+    return b"".join(received)
+
+
+def silent(sock: Any) -> Any:
+    return read_all(sock)
+
+
+@case(slowly(b"one", b"two"))
+def recv(c: Any) -> Any:
+    return [c.recv(2), c.recv(100), c.recv(100), c.recv(0)]
+
+
+@case(slowly(b"onetwothree"))
+def recv_into(c: Any) -> Any:
+    buffer = bytearray(6)
+    found = [c.recv_into(buffer), bytes(buffer), c.recv_into(buffer, 2), bytes(buffer)]
+    return [*found, attempt(c.recv_into, buffer, 7), attempt(c.recv_into, b"const"), c.recv_into(bytearray())]
+
+
+@case(slowly(b"onetwothree"))
+def recvfrom(c: Any) -> Any:
+    buffer = bytearray(4)
+    return [c.recvfrom(3)[0], c.recvfrom_into(buffer)[0], bytes(buffer), c.recvfrom(100)[0]]
+
+
+@case(slowly(b"onetwothree"))
+def recvmsg(c: Any) -> Any:
+    a, b = bytearray(2), bytearray(2)
+    return [c.recvmsg(3)[:3], c.recvmsg_into([a, b])[:3], bytes(a + b), c.recvmsg(100)[:3]]
+
+
+@case(slowly(b"onetwothree"))
+def peek(c: Any) -> Any:
+    return [c.recv(3, socket.MSG_PEEK), c.recv(3, socket.MSG_PEEK), c.recv(3), c.recv(100)]
+
+
+@case(slowly(b"one", b"two", b"three", b"four"))
+def wait_for_all(c: Any) -> Any:
+    buffer = bytearray(5)
+    return [
+        c.recv(4, socket.MSG_WAITALL),
+        c.recv_into(buffer, 0, socket.MSG_WAITALL),
+        bytes(buffer),
+        c.recvfrom(6, socket.MSG_WAITALL)[0],
+    ]
+
+
+@case(lambda c: (c.sendall(b"abc"), c.shutdown(socket.SHUT_WR), read_all(c))[2])
+def wait_for_all_until_the_end(c: Any) -> Any:
+    return [c.recv(10, socket.MSG_WAITALL), c.recv(10, socket.MSG_WAITALL)]
+
+
+@case(silent)
+def not_waiting(c: Any) -> Any:
+    return [
+        attempt(c.recv, 10, socket.MSG_DONTWAIT),
+        attempt(c.recv_into, bytearray(1), 0, socket.MSG_DONTWAIT),
+        attempt(c.recvfrom, 10, socket.MSG_DONTWAIT),
+        attempt(c.recvmsg, 10, 0, socket.MSG_DONTWAIT),
+        c.gettimeout(),
+        c.getblocking(),
+    ]
+
+
+@case(lambda c: len(read_all(c)) > 0)
+def non_blocking(c: Any) -> Any:
+    c.setblocking(False)
+    found = [attempt(c.recv, 10), attempt(c.recv_into, bytearray(1)), attempt(c.accept), c.gettimeout()]
+    found.append(attempt(c.sendall, bytes(50_000_000)))
+    found.append(c.makefile("rb").read(1))
+    c.setblocking(True)
+    return [*found, c.gettimeout()]
+
+
+@case(lambda c: (time.sleep(0.05), len(read_all(c)))[1])
+def sendall(c: Any) -> Any:
+    return [c.sendall(b""), c.sendall(bytearray(b"x")), c.sendall(memoryview(bytes(BIG))), attempt(c.sendall, "text")]
+
+
+@case(lambda c: (time.sleep(0.05), len(read_all(c)))[1])
+def send(c: Any) -> Any:
+    return [c.send(b""), c.send(b"x"), c.send(bytes(BIG)), attempt(c.send, "text")]
+
+
+@case(lambda c: (time.sleep(0.05), len(read_all(c)))[1])
+def sendmsg(c: Any) -> Any:
+    return [c.sendmsg([b"one", bytearray(b"two")]), c.sendmsg([bytes(BIG), b"x"]), attempt(c.sendmsg, [5])]
+
+
+@case(silent)
+def sendall_of_other_buffers(c: Any) -> Any:
+    import array
+    import ctypes
+
+    c.sendall(array.array("i", [1, 2]))
+    c.sendall((ctypes.c_int32 * 2)(3, 4))
+    return c.send((ctypes.c_int32 * 1)(5))
+
+
+@case(silent)
+def timeouts(c: Any) -> Any:
+    c.settimeout(0.02)
+    found = [c.gettimeout(), attempt(c.recv, 10), attempt(c.recv_into, bytearray(2)), attempt(c.recvfrom, 1)]
+    return [*found, attempt(c.recvmsg, 1), attempt(c.recv, 1, socket.MSG_PEEK), c.sendall(b"x")]
+
+
+@case(lambda c: (wait_until(lambda: c.recv(1, socket.MSG_PEEK)), time.sleep(0.3), len(read_all(c)) > 0)[2])
+def timeout_of_sendall(c: Any) -> Any:
+    c.settimeout(0.05)
+    return attempt(c.sendall, bytes(50_000_000))
+
+
+@case(slowly(b"half a li"))
+def timeout_in_a_line(c: Any) -> Any:
+    c.settimeout(0.1)
+    with c.makefile("rb") as file:
+        return [attempt(file.readline), attempt(file.readline), attempt(file.read, 1)]
+
+
+@case(lambda c: (c.sendall(b"data"), c.shutdown(socket.SHUT_WR), read_all(c))[2])
+def the_end_behind_data(c: Any) -> Any:
+    time.sleep(0.01)
+    found = [c.recv(100), c.recv(100), c.recv(100)]
+    c.sendall(b"still there")
+    return found
+
+
+@case(lambda c: (c.recv(1), c.sendall(b"data"), c.shutdown(socket.SHUT_WR), read_all(c))[3])
+def the_end_behind_data_while_waiting(c: Any) -> Any:
+    c.sendall(b"x")
+    return [c.recv(100), c.recv(100)]
+
+
+def reset(c: Any) -> None:
+    c.recv(1)
+    c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    c.close()
+
+
+@case(reset)
+def reset_while_reading(c: Any) -> Any:
+    c.sendall(b"x")
+    return [attempt(c.recv, 100) in (b"", (ConnectionResetError, 104))]
+
+
+@case(reset)
+def reset_while_writing(c: Any) -> Any:
+    c.sendall(b"x")
+    return attempt(c.sendall, bytes(50_000_000))[0] in (ConnectionResetError, BrokenPipeError)
+
+
+@case(lambda c: (c.recv(1), c.shutdown(socket.SHUT_RDWR), None)[2])
+def shutdown(c: Any) -> Any:
+    c.sendall(b"x")
+    found = [c.recv(1), c.shutdown(socket.SHUT_RD), attempt(c.recv, 1)]
+    return [*found, attempt(c.shutdown, 77), c.fileno() >= 0]
+
+
+@case(silent)
+def closed(c: Any) -> Any:
+    c.close()
+    calls = [(c.recv, 1), (c.recv_into, bytearray(1)), (c.sendall, b"x"), (c.send, b"x"), (c.recvmsg, 1)]
+    return [*(attempt(*call) for call in calls), c.fileno(), c.close(), attempt(c.getpeername), repr(c)[-10:]]
+
+
+@case(slowly(b"data"))
+def detach(c: Any) -> Any:
+    with socket.socket(fileno=c.detach()) as other:
+        return [other.recv(100), os.get_blocking(other.fileno()), c.fileno(), attempt(c.recv, 1), c.detach()]
+
+
+@case(slowly(b"one", b"two"))
+def duplicate(c: Any) -> Any:
+    found = [c.recv(3)]
+    with c.dup() as other:
+        found += [type(other) is type(c), other.gettimeout(), other.recv(10)]
+        other.sendall(b"x")
+    c.sendall(b"y")
+    return found
+
+
+@case(slowly(b"one\ntwo\r\nthree\n", b"four\nfive\nsix"))
+def files(c: Any) -> Any:
+    found: list[Any] = []
+    with c.makefile("r", newline="") as file:
+        found += [file.readline(), file.readline()]
+        found.append(type(file))
+    with c.makefile("wb") as file:
+        found += [file.write(b"buffered"), type(file)]
+    with c.makefile("w") as file:
+        found.append(file.write("text"))
+    with c.makefile("rwb") as file:
+        found += [file.write(b"both"), file.flush(), type(file)]
+    with c.makefile("wb", 0) as file:
+        found += [file.write(b"raw"), type(file)]
+    return found
+
+
+@case(slowly(b"one\ntwo\n", b"three\n"))
+def unbuffered_file(c: Any) -> Any:
+    with c.makefile("rb", 0) as file:
+        return [file.readline(), file.read(4), file.readinto(bytearray(3)), type(file)]
+
+
+@case(slowly(b"line\n"))
+def closing_with_an_open_file(c: Any) -> Any:
+    file = c.makefile("rb")
+    c.close()
+    found = [c.fileno() >= 0, file.readline(), file.closed]
+    file.close()
+    return [*found, c.fileno(), file.closed, attempt(file.read), attempt(file.readline), attempt(file.__enter__)]
+
+
+@case(slowly(b"line\n"))
+def raw_file(c: Any) -> Any:
+    file = c.makefile("rb")
+    raw = file.raw
+    found = [type(raw), raw.readable(), file.mode, file.name == c.fileno(), file.fileno() == c.fileno()]
+    found.append(raw.read(5))
+    file.close()
+    c.close()
+    return [*found, raw.closed, c.fileno()]
+
+
+@case(slowly(b"line\n"))
+def detached_raw_file(c: Any) -> Any:
+    raw = c.makefile("rb").detach()
+    c.close()
+    found = [c.fileno() >= 0, raw.read(5)]
+    raw.close()
+    return [*found, c.fileno()]
+
+
+@case(silent)
+def blocking_descriptor(c: Any) -> Any:
+    return [os.get_blocking(c.fileno()), c.settimeout(5), os.get_blocking(c.fileno()), c.settimeout(None)]
+
+
+@case(slowly(b"for the program"))
+def a_program_that_has_the_connection(c: Any) -> Any:
+    code = "import sys; data = sys.stdin.buffer.raw.read(100); sys.stdout.buffer.write(data.upper())"
+    subprocess.run([sys.executable, "-c", code], stdin=c.fileno(), stdout=c.fileno(), check=True, timeout=60)
+
+
+def send_file(c: Any, file: Any, *arguments: Any) -> Any:
+    return [attempt(c.sendfile, file, *arguments), file.tell()]
+
+
+@case(lambda c: (time.sleep(0.03), len(read_all(c)))[1])
+def sendfile(c: Any) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as empty, open("/proc/self/stat", "rb") as proc:
+        file.write(bytes(BIG))
+        file.seek(0)
+        found = [send_file(c, file), send_file(c, file, 10), send_file(c, file, 5, 100), send_file(c, file, BIG + 1)]
+        found += [send_file(c, empty), send_file(c, proc), send_file(c, io.BytesIO(b"in memory"), 3)]
+        found += [
+            attempt(c.sendfile, file, -1),
+            attempt(c.sendfile, file, 0, -1),
+            attempt(c.sendfile, io.StringIO("x")),
+        ]
+        c.settimeout(5)
+        found.append(send_file(c, file))
+        c.setblocking(False)
+        found.append(attempt(c.sendfile, file))
+    return found
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_handler_finds_a_connection_as_a_thread_does(impl: str, pair: str, name: str) -> None:
+    handle, client = CASES[name]
+    model = exchange(pair, handle, client, green=False)
+    assert exchange(pair, handle, client, green=True) == model
+
+
+def test_an_urgent_mark_holds_nothing_up(impl: str) -> None:
+    def client(c: Any) -> Any:
+        c.sendall(b"abc")
+        c.send(b"!", socket.MSG_OOB)
+        c.sendall(b"def")
+        return read_all(c)
+
+    def handle(c: Any) -> Any:
+        received = b""
+        while not received.endswith(b"f"):
+            received += c.recv(100)
+        c.settimeout(0.02)
+        return [received, attempt(c.recv, 10)]
+
+    model = exchange("tcp", handle, client, green=False)
+    assert model == ([b"abcdef", (TimeoutError, None)], b"")
+    assert exchange("tcp", handle, client, green=True) == model
+
+
+def test_descriptors_are_handed_over(impl: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+
+    def client(c: Any) -> Any:
+        with open(tmp_path / "file", "rb") as file:
+            c.sendall(b"before")
+            socket.send_fds(c, [b"with"], [file.fileno()])
+            c.sendall(b"after")
+            return read_all(c)
+
+    def handle(c: Any) -> Any:
+        time.sleep(0.02)
+        received, content = b"", b""
+        while len(received) < 15:
+            if received == b"before":
+                data, fds, _, _ = socket.recv_fds(c, 100, 4)
+                received += data
+                for fd in fds:
+                    with open(fd, "rb") as file:
+                        content += file.read()
+            else:
+                received += c.recv(6 if not received else 100)
+        return received, content
+
+    model = exchange("unix", handle, client, green=False)
+    assert model[0] == (b"beforewithafter", b"content")
+    assert exchange("unix", handle, client, green=True) == model
+
+
+def test_datagrams_are_received_one_by_one(impl: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, running() as hub:
+        connection = _backend.green().Connection(socket.AF_INET, socket.SOCK_DGRAM)
+        connection.bind(("127.0.0.1", 0))
+        received: list[bytes] = []
+
+        def receive() -> None:
+            while len(received) < 6:
+                received.append(connection.recv(100))
+                received.append(connection.recvfrom(100)[0])
+
+        for i in range(3):
+            sender.sendto(b"%d" % i, connection.getsockname())
+        hub.start(receive)
+        for i in range(3, 6):
+            sender.sendto(b"%d" % i, connection.getsockname())
+        assert hub.drain(LIMIT)
+        connection.sendto(b"back", sender.getsockname()) if sender.getsockname()[1] else None
+        connection.close()
+    assert received == [b"0", b"1", b"2", b"3", b"4", b"5"]
+
+
+def test_connections_are_made_and_accepted(impl: str, tmp_path: Path) -> None:
+    green = _backend.green().Connection
+    with running() as hub:
+        for family, address in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, str(tmp_path / "socket"))):
+            listener, seen = green(family), []
+            listener.bind(address)
+            listener.listen()
+            free = socket.create_server(("127.0.0.1", 0))
+            refused = free.getsockname() if family == socket.AF_INET else str(tmp_path / "nothing")
+            free.close()
+
+            def serve(listener: Any = listener, seen: list[Any] = seen) -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    seen.append((type(connection) is green, connection.gettimeout(), connection.recv(10)))
+
+            def connect(family: int = family, listener: Any = listener, timeout: float | None = None) -> None:
+                with green(family) as client:
+                    client.settimeout(timeout)
+                    client.connect(listener.getsockname())
+                    client.sendall(b"data")
+
+            def fail(family: int = family, refused: Any = refused, seen: list[Any] = seen) -> None:
+                for timeout in (None, 5.0):
+                    with green(family) as client, socket.socket(family) as model:
+                        client.settimeout(timeout)
+                        seen.append(attempt(client.connect, refused) == attempt(model.connect, refused))
+                    with green(family) as client, socket.socket(family) as model:
+                        client.settimeout(timeout)
+                        seen.append(client.connect_ex(refused) == model.connect_ex(refused))
+
+            for timeout in (None, 5.0):
+                hub.start(serve)
+                hub.start(connect, family, listener, timeout)
+                assert hub.drain(LIMIT)
+            hub.start(fail)
+            assert hub.drain(LIMIT)
+            assert seen == [(True, None, b"data")] * 2 + [True] * 4
+            listener.close()
+
+
+def test_a_full_backlog_of_a_unix_socket_is_waited_for(impl: str, tmp_path: Path) -> None:
+    green = _backend.green().Connection
+    path = str(tmp_path / "socket")
+    seen: list[Any] = []
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as opened, running() as hub:
+        listener.bind(path)
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filler = opened.enter_context(socket.socket(socket.AF_UNIX))
+                filler.setblocking(False)
+                filler.connect(path)
+        clients = [opened.enter_context(green(socket.AF_UNIX)) for _ in range(3)]
+        clients[0].settimeout(0.03)
+        hub.start(lambda: seen.append((attempt(clients[0].connect, path), clients[0].connect_ex(path))))
+        assert hub.drain(LIMIT)
+        assert seen == [((TimeoutError, None), 11)]
+        hub.start(lambda: seen.append(clients[1].connect(path)))
+        while len(seen) < 2:
+            listener.accept()[0].close()
+            hub.drain(0.02)
+        assert seen[1:] == [None]
+
+
+def test_a_connection_serves_a_thread_without_a_hub(impl: str) -> None:
+    """What a handler hands to a thread works there as any socket."""
+    for name in ("recv", "sendall", "wait_for_all", "timeouts", "files", "sendfile", "timeout_in_a_line"):
+        handle, client = CASES[name]
+        model = exchange("tcp", handle, client, green=False)
+        green = _backend.green()
+
+        def adopted(c: Any, handle: Any = handle, green: Any = green) -> Any:
+            green.adopt(c)
+            return handle(c)
+
+        assert exchange("tcp", adopted, client, green=False) == model
+
+
+# The file that is read
+
+
+@contextlib.contextmanager
+def two_files(pair: str, blocking: bool) -> Iterator[tuple[Any, Any, Any]]:
+    """A file of a connection in a hub, one of a plain socket, and the peers of both."""
+    with contextlib.ExitStack() as opened:
+        hub = opened.enter_context(running())
+        sockets = [PAIRS[pair]() for _ in range(2)]
+        for ours, theirs in sockets:
+            opened.enter_context(ours)
+            opened.enter_context(theirs)
+        _backend.green().adopt(sockets[0][0])
+        for ours, _ in sockets:
+            ours.setblocking(blocking)
+        files = [opened.enter_context(ours.makefile("rb")) for ours, _ in sockets]
+        yield files, [theirs for _, theirs in sockets], hub
+
+
+def view_of(name: str, size: int) -> Callable[[Any], Any]:
+    def call(file: Any) -> Any:
+        buffer = bytearray(size)
+        return getattr(file, name)(buffer), bytes(buffer)
+
+    return call
+
+
+SIZES = st.one_of(st.none(), st.integers(-1, 12), st.just(5000))
+CALLS = st.one_of(
+    st.tuples(st.sampled_from(["read", "readline", "readlines"]), SIZES),
+    st.tuples(st.sampled_from(["read1", "peek", "readinto", "readinto1"]), st.integers(0, 12)),
+    st.tuples(st.sampled_from(["next", "flags"]), st.none()),
+)
+CHUNKS = st.lists(st.sampled_from([b"\n", b"a", b"bc", b"def\n", b"\n\n", b"longer than that\nand"]), max_size=4)
+STEPS = st.lists(st.one_of(CALLS, st.tuples(st.just("send"), CHUNKS)), max_size=12)
+
+
+def called(file: Any, step: tuple[str, Any]) -> Any:
+    name, argument = step
+    if name in ("readinto", "readinto1"):
+        return attempt(view_of(name, argument), file)
+    if name == "next":
+        return attempt(next, file, None)
+    if name == "flags":
+        return [attempt(getattr(file, flag)) for flag in ("readable", "writable", "seekable", "isatty", "flush")]
+    found = attempt(getattr(file, name), argument)
+    return bytes(found) if isinstance(found, memoryview) else found
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("kind", ["c", "py"])
+def test_the_file_is_as_a_buffered_reader(pair: str, kind: str, request: pytest.FixtureRequest) -> None:
+    from conftest import TWINS, _use
+
+    if kind not in TWINS:
+        pytest.skip("the extension is not under test")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _use(kind, monkeypatch)
+
+        @settings(max_examples=150, deadline=None)
+        @given(STEPS, st.booleans(), st.booleans())
+        def compare(steps: list[Any], ends: bool, closes: bool) -> None:
+            with two_files(pair, False) as (files, peers, _):
+                for step in steps:
+                    if step[0] == "send":
+                        for peer in peers:
+                            peer.sendall(b"".join(step[1]))
+                    else:
+                        assert called(files[0], step) == called(files[1], step), step
+                if ends:
+                    for peer in peers:
+                        peer.shutdown(socket.SHUT_WR)
+                for step in (("readline", -1), ("read", -1), ("read", 5), ("readline", 3), ("next", None)):
+                    assert called(files[0], step) == called(files[1], step), step
+                if closes:
+                    for file in files:
+                        file.close()
+                        file.close()
+                    for name in ("read", "readline", "readlines", "read1", "peek", "readinto", "next", "flags"):
+                        argument = 3 if name not in ("next", "flags") else None
+                        assert called(files[0], (name, argument)) == called(files[1], (name, argument)), name
+                assert files[0].closed == files[1].closed
+
+        compare()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("kind", ["c", "py"])
+def test_the_file_reads_a_stream_however_it_comes(pair: str, kind: str) -> None:
+    from conftest import TWINS, _use
+
+    if kind not in TWINS:
+        pytest.skip("the extension is not under test")
+    calls = st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from(["read", "readline"]), st.sampled_from([-1, 0, 1, 5, 70_000, 300_000])),
+            st.tuples(st.just("readinto"), st.sampled_from([0, 1, 7, 70_000])),
+            st.tuples(st.just("next"), st.none()),
+        ),
+        max_size=8,
+    )
+    chunks = st.lists(
+        st.one_of(st.sampled_from([b"line\n", b"\n", b"x" * 70_000, b"y" * 300_000 + b"\n"]), st.binary(max_size=9)),
+        max_size=8,
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _use(kind, monkeypatch)
+
+        @settings(max_examples=40, deadline=None)
+        @given(calls, chunks, st.booleans())
+        def compare(steps: list[Any], parts: list[bytes], pauses: bool) -> None:
+            expected_of = io.BufferedReader(io.BytesIO(b"".join(parts)))  # type: ignore[arg-type]
+            steps = [*steps, ("read", -1)]
+            expected = [called(expected_of, step) for step in steps]
+
+            def handle(c: Any) -> Any:
+                with c.makefile("rb") as file:
+                    return [called(file, step) for step in steps]
+
+            def client(c: Any) -> None:
+                for part in parts:
+                    c.sendall(part)
+                    if pauses:
+                        time.sleep(0.0005)
+                c.shutdown(socket.SHUT_WR)
+
+            found, _ = exchange(pair, handle, client, green=True)
+            assert found == expected
+
+        compare()
+
+
+# Replies that are gathered while requests are left to read
+
+
+class Lines(fastserve.StreamRequestHandler):
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line.upper())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from([b"a\n", b"bcd\n", b"\n", b"e" * 3000 + b"\n"]), max_size=200))
+def test_pipelined_lines_are_answered_in_order(lines: list[bytes]) -> None:
+    with serving(fastserve.GreenletTCPServer(("127.0.0.1", 0), Lines)) as server:
+        assert talk(server.server_address, b"".join(lines)) == b"".join(lines).upper()
+
+
+def with_unread_lines(act: Callable[[Any, Any, Any], Any], impl: str) -> list[Any]:
+    """Have a handler answer one of two lines, and then do something; return what the client has meanwhile."""
+    seen: list[Any] = []
+    ours, theirs = tcp_pair()
+    with running() as hub, theirs:
+        _backend.green().adopt(ours)
+        theirs.sendall(b"one\ntwo\n")
+
+        def handle() -> None:
+            with ours, ours.makefile("rb") as file:
+                ours.sendall(file.readline().upper())
+                act(hub, ours, file)
+                theirs.setblocking(False)
+                seen.append(attempt(theirs.recv, 100))
+                hub.park(0)
+                seen.append(attempt(theirs.recv, 100))
+
+        hub.start(handle)
+        assert hub.drain(LIMIT)
+    return seen
+
+
+AFTERWARDS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "waiting": lambda hub, c, file: hub.park(0),
+    "fileno": lambda hub, c, file: c.fileno(),
+    "fileno of the file": lambda hub, c, file: file.fileno(),
+    "shutdown": lambda hub, c, file: c.shutdown(socket.SHUT_WR),
+    "detach": lambda hub, c, file: os.close(c.detach()),
+    "settimeout": lambda hub, c, file: c.settimeout(5),
+    "setblocking": lambda hub, c, file: c.setblocking(False),
+    "send": lambda hub, c, file: c.send(b"|"),
+    "recv": lambda hub, c, file: attempt(c.recv, 1, socket.MSG_DONTWAIT),
+    "close": lambda hub, c, file: (file.close(), c.close()),
+    "dup": lambda hub, c, file: c.dup().close(),
+    "a subprocess": lambda hub, c, file: subprocess.run([sys.executable, "-c", ""], stdout=c, check=True),
+    "fork": lambda hub, c, file: os.waitpid(os.fork() or os._exit(0), 0),  # type: ignore[func-returns-value]
+    "a file that is closed": lambda hub, c, file: (file.close(), c.sendall(b"")),
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_a_reply_is_out_before(impl: str, name: str) -> None:
+    found = with_unread_lines(AFTERWARDS[name], impl)
+    assert found[0][:4] == b"ONE\n", found
+
+
+def test_a_reply_is_gathered_while_lines_are_left(impl: str) -> None:
+    found = with_unread_lines(lambda hub, c, file: None, impl)
+    expected: dict[str, list[Any]] = {
+        "c": [(BlockingIOError, 11), b"ONE\n"],
+        "py": [b"ONE\n", (BlockingIOError, 11)],
+    }
+    assert found == expected[impl]
+
+
+def test_replies_to_two_clients_are_not_mixed(impl: str) -> None:
+    first, first_peer = tcp_pair()
+    second, second_peer = tcp_pair()
+    with running() as hub, first_peer, second_peer, first, second:
+        for ours in (first, second):
+            _backend.green().adopt(ours)
+
+        def handle() -> None:
+            with first.makefile("rb") as a, second.makefile("rb") as b:
+                for _ in range(3):
+                    first.sendall(a.readline())
+                    second.sendall(b.readline())
+                first.sendall(bytes(100_000))
+
+        first_peer.sendall(b"1\n2\n3\n4\n")
+        second_peer.sendall(b"a\nb\nc\nd\n")
+        hub.start(handle)
+        assert hub.drain(LIMIT)
+        first_peer.settimeout(LIMIT)
+        assert first_peer.recv(6, socket.MSG_WAITALL) == b"1\n2\n3\n"
+        assert second_peer.recv(6, socket.MSG_WAITALL) == b"a\nb\nc\n"
+        assert first_peer.recv(100_000, socket.MSG_WAITALL) == bytes(100_000)
+
+
+def test_who_has_the_descriptor_writes_in_order(impl: str) -> None:
+    ours, theirs = tcp_pair()
+    with running() as hub, theirs, ours:
+        _backend.green().adopt(ours)
+        theirs.sendall(b"one\ntwo\nthree\n")
+
+        def handle() -> None:
+            fd = ours.fileno()
+            with ours.makefile("rb") as file:
+                for _ in range(2):
+                    ours.sendall(b"connection " + file.readline())
+                    os.write(fd, b"descriptor\n")
+
+        hub.start(handle)
+        assert hub.drain(LIMIT)
+        ours.close()
+        assert read_all(theirs) == b"connection one\ndescriptor\nconnection two\ndescriptor\n"
+
+
+def test_a_client_that_has_gone_is_told_when_the_replies_are_sent(impl: str) -> None:
+    ours, theirs = tcp_pair()
+    seen: list[Any] = []
+    with running() as hub, ours:
+        _backend.green().adopt(ours)
+        theirs.sendall(b"one\ntwo\nthree\n")
+
+        def handle() -> None:
+            with ours.makefile("rb") as file:
+                for _ in range(2):
+                    line = file.readline()
+                    if not seen:
+                        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        theirs.close()
+                        seen.append(line)
+                    for _ in range(100):
+                        found = attempt(ours.sendall, line * 1000)
+                        if found is not None:
+                            break
+                    seen.append(found[0])
+
+        hub.start(handle)
+        assert hub.drain(LIMIT)
+    assert seen[0] == b"one\n" and set(seen[1:]) <= {BrokenPipeError, ConnectionResetError} and len(seen) == 3
+
+
+def test_a_task_that_ends_with_replies_unsent_sends_them(impl: str) -> None:
+    ours, theirs = tcp_pair()
+    with running() as hub, theirs, ours:
+        _backend.green().adopt(ours)
+        theirs.sendall(b"one\ntwo\n")
+        file = ours.makefile("rb")
+
+        def handle() -> None:
+            ours.sendall(file.readline())
+            raise greenlet.GreenletExit
+
+        hub.start(handle)
+        theirs.settimeout(LIMIT)
+        assert theirs.recv(10) == b"one\n"
+        file.close()

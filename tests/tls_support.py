@@ -1,0 +1,74 @@
+"""What the tests of TLS share: certificates, contexts and clients."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import trustme
+
+from support import LIMIT
+
+NAME = "server.test"
+
+
+@functools.cache
+def authority() -> trustme.CA:
+    """Return the authority that all sides trust."""
+    return trustme.CA()
+
+
+def server_context(*names: str, **attributes: Any) -> ssl.SSLContext:
+    """Return the context of a server with these names, and these attributes set."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert(*(names or (NAME, "127.0.0.1", "localhost"))).configure_cert(context)
+    authority().configure_trust(context)
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+def client_context(certificate: bool = False, **attributes: Any) -> ssl.SSLContext:
+    """Return the context of a client, with a certificate of its own or without, and these attributes set."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority().configure_trust(context)
+    if certificate:
+        authority().issue_cert("client@client.test").configure_cert(context)
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+def wrapped(server: Any, context: ssl.SSLContext | None = None, **options: Any) -> Any:
+    """Wrap the listener of a server, by everybody's recipe."""
+    server.socket = (context or server_context()).wrap_socket(server.socket, server_side=True, **options)
+    return server
+
+
+def end(client: socket.socket) -> None:
+    """End a connection, though a child that was forked meanwhile may hold it too."""
+    with contextlib.suppress(OSError):  # the server has gone already
+        socket.socket.shutdown(client, socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def client_of(server: Any, context: ssl.SSLContext | None = None, name: str = NAME) -> Iterator[ssl.SSLSocket]:
+    """Connect to a server."""
+    context = context or client_context()  # before the server begins to wait
+    plain = socket.create_connection(server.server_address[:2], LIMIT)
+    with plain, context.wrap_socket(plain, server_hostname=name) as client:
+        try:
+            yield client
+        finally:
+            end(client)
+
+
+def ask(server: Any, sent: bytes = b"hello\n", context: ssl.SSLContext | None = None, name: str = NAME) -> bytes:
+    """Send a line, and return the line that a server answers."""
+    with client_of(server, context, name) as client, client.makefile("rb") as answer:
+        client.sendall(sent)
+        return answer.readline()
