@@ -16,8 +16,6 @@ from fastserve import _green_py
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._hub cimport (
-    (,
-)
     CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all,
 )
 from fastserve._syscalls cimport (
