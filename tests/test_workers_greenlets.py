@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -652,3 +653,57 @@ def test_the_same_handler_runs_under_the_other_worker_models(base: str, module: 
         with serving(server):
             assert talk(server.server_address, b"") == b"carried"
     assert order == ["spawned"]
+
+
+def test_handlers_wait_in_deep_calls_and_go_on() -> None:
+    """The frames of a greenlet are in blocks of several sizes: every depth crosses the end of one somewhere."""
+
+    def handle(self: Any) -> None:
+        def descend(depth: int, *more: int) -> int:
+            if depth:
+                return descend(depth - 1, *more) + 1
+            self.request.sendall(b"down")
+            return len(self.request.recv(100)) + sum(more)
+
+        for width in range(3):
+            depth = int(self.request.recv(100))
+            self.request.sendall(b"%d" % descend(depth, *range(width)))
+
+    with serving(server_of(handling(handle))) as server:
+        clients = [socket.create_connection(server.server_address, LIMIT) for _ in range(60)]
+        for width in range(3):
+            for depth, client in enumerate(clients):
+                client.sendall(b"%d" % (depth * (width + 1)))
+            for client in clients:
+                assert client.recv(4, socket.MSG_WAITALL) == b"down"
+            for depth, client in enumerate(clients):
+                client.sendall(b"x")
+                assert int(client.recv(100)) == depth * (width + 1) + 1 + sum(range(width))
+        for client in clients:
+            client.close()
+
+
+def test_a_traceback_outlives_the_frames_of_its_greenlet() -> None:
+    kept: list[Exception] = []
+
+    class Server(fastserve.GreenletTCPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            error = sys.exception()
+            assert isinstance(error, ValueError)
+            kept.append(error)
+
+    def handle(self: Any) -> None:
+        local = self.request.recv(100)
+        raise ValueError(local)
+
+    with serving(Server(("127.0.0.1", 0), handling(handle))) as server:
+        for number in range(50):
+            assert talk(server.server_address, b"%d" % number) == b""
+    found = []
+    for error in kept:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        assert trace is not None
+        found.append(trace.tb_frame.f_locals["local"])
+    assert found == [b"%d" % number for number in range(50)]

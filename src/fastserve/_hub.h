@@ -65,4 +65,41 @@ static inline void fs_know_sockets(PyObject *one, int descriptor, PyObject *othe
         && fs_is_tcp(one) && fs_descriptor_of(one) == descriptor && fs_timeout_of(one) < 0.0 && fs_timeout_of(other) == timeout;
 }
 
+/* The first block of Python frames of a greenlet. CPython would map 16 KiB at its first function, and the frames of a
+ * request that waits for its client touch a page of 4 KiB of them, though most need a fifth of it. What does not fit here
+ * goes to blocks of CPython's own, as the frames of any deep call do.
+ *
+ * A greenlet that is destroyed without having ended, because its thread has, gives its blocks to the arena allocator,
+ * which unmaps pages: the block never begins a page, so that there is nothing it could unmap. */
+enum { FS_FRAMES = 1024, FS_PAGE = 4096, FS_OFF_PAGE = 16 };
+
+static inline void *fs_frames_begin(void)
+{
+    PyThreadState *state = PyThreadState_Get();
+    if (state->datastack_chunk != NULL)
+        return NULL;
+    char *memory = PyMem_RawMalloc(FS_FRAMES + FS_OFF_PAGE);
+    if (memory == NULL)
+        return NULL;
+    _PyStackChunk *block = (_PyStackChunk *)((uintptr_t)memory % FS_PAGE ? memory : memory + FS_OFF_PAGE);
+    block->previous = NULL;
+    block->size = FS_FRAMES;
+    block->top = 0;
+    state->datastack_chunk = block;
+    state->datastack_top = &block->data[1];  /* as CPython does, which frees a block with the frame at its beginning */
+    state->datastack_limit = (PyObject **)((char *)block + FS_FRAMES);
+    return memory;
+}
+
+/* Called where no Python frame of the greenlet is left. */
+static inline void fs_frames_end(void *memory)
+{
+    PyThreadState *state = PyThreadState_Get();
+    if (memory == NULL)
+        return;
+    state->datastack_chunk = NULL;
+    state->datastack_top = state->datastack_limit = NULL;
+    PyMem_RawFree(memory);
+}
+
 #endif

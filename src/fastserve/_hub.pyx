@@ -46,6 +46,8 @@ cdef extern from "_hub.h" nogil:
     double fs_timeout_of(PyObject *)
     void *fs_hub_get()
     void fs_hub_set(void *)
+    void *fs_frames_begin()
+    void fs_frames_end(void *)
 
 cdef extern from "Python.h":
     object PyContext_New()
@@ -117,34 +119,38 @@ cdef class Task:
         """Run requests, one after the other: the greenlet's life."""
         cdef Hub hub = self.hub
         cdef object context
-        while self.function is not None:
-            context = PyContext_New()
-            PyContext_Enter(context)
-            try:
+        cdef void *frames = fs_frames_begin()
+        try:
+            while self.function is not None:
+                context = PyContext_New()
+                PyContext_Enter(context)
                 try:
-                    # One that was killed before it began too, so that it releases what it was given: its waits raise.
-                    self.function(*self.arguments)
+                    try:
+                        # One that was killed before it began too: it releases what it was given, and its waits raise.
+                        self.function(*self.arguments)
+                    finally:
+                        if hub.corked:
+                            hub.end_flush()
+                except GreenletExit:
+                    pass
+                except BaseException as error:
+                    hub.failure = error
                 finally:
-                    if hub.corked:
-                        hub.end_flush()
-            except GreenletExit:
-                pass
-            except BaseException as error:
-                hub.failure = error
-            finally:
-                PyContext_Exit(context)
-                context = None
-            if hub.stale:
-                # A child that a handler has forked, and whose handler has returned: with threads it would end here.
-                _os._exit(0)
-            self.function = self.arguments = None
-            self.killed = False
-            hub.finished(self)
-            if len(hub.pool) >= POOLED or self.ending or hub.epoll < 0:
-                break
-            hub.pool.append(self)
-            hub.park_task(self)
-        del hub.tasks[self.greenlet]
+                    PyContext_Exit(context)
+                    context = None
+                if hub.stale:
+                    # A child that a handler has forked, and whose handler has returned: with threads it would end here.
+                    _os._exit(0)
+                self.function = self.arguments = None
+                self.killed = False
+                hub.finished(self)
+                if len(hub.pool) >= POOLED or self.ending or hub.epoll < 0:
+                    break
+                hub.pool.append(self)
+                hub.park_task(self)
+            del hub.tasks[self.greenlet]
+        finally:
+            fs_frames_end(frames)
         # The greenlet goes on in its parent, the root, which looks again what there is to do.
 
 
