@@ -71,6 +71,7 @@ static inline void fs_know_sockets(PyObject *one, int descriptor, PyObject *othe
  *
  * A greenlet that is destroyed without having ended, because its thread has, gives its blocks to the arena allocator,
  * which unmaps pages: the block never begins a page, so that there is nothing it could unmap. */
+#if PY_VERSION_HEX < 0x030F0000  /* the fields of a thread state may be others in later versions */
 enum { FS_FRAMES = 1024, FS_PAGE = 4096, FS_OFF_PAGE = 16 };
 
 static inline void *fs_frames_begin(void)
@@ -101,5 +102,9 @@ static inline void fs_frames_end(void *memory)
     state->datastack_top = state->datastack_limit = NULL;
     PyMem_RawFree(memory);
 }
+#else
+static inline void *fs_frames_begin(void) { return NULL; }
+static inline void fs_frames_end(void *memory) { (void)memory; }
+#endif
 
 #endif
