@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import threading
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import fastserve
 from isolated import run_isolated
-from support import open_descriptors, serving, talk, wait_until
+from support import LIMIT, open_descriptors, serving, talk, wait_until
 
 NAMES = [
     *("TCPServer", "UDPServer", "UnixStreamServer", "UnixDatagramServer"),
@@ -58,3 +61,22 @@ def test_a_thread_that_cannot_be_started_is_reported_and_its_request_closed(
     wait_until(lambda: open_descriptors() == before)  # the handler's thread ends on its own without block_on_close
     if block_on_close:
         assert len(server._threads) == 0
+
+
+def test_len_counts_no_thread_that_only_waits_for_its_first_turn(module: ModuleType) -> None:
+    class Server(module.ThreadingMixIn, module.TCPServer):  # type: ignore[name-defined]
+        pass
+
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    server = Server(("127.0.0.1", 0), module.BaseRequestHandler)
+    if cores is not None:
+        os.sched_setaffinity(0, {min(cores)})  # one processor: nothing but a wait lets the new threads begin
+    try:
+        for _ in range(10):
+            with socket.create_connection(server.server_address, LIMIT):
+                server.handle_request()
+        assert len(server._threads) < 10
+    finally:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        server.server_close()

@@ -119,7 +119,7 @@ class Connection(_streams_py.Connection):
 
     def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /) -> int:
         _flush()
-        parts = [memoryview(part).tobytes() for part in buffers]
+        parts = [_bytes_of(part).tobytes() for part in buffers]
         ancdata = list(ancdata)
         sent: int = _waiting.retry(
             self,
@@ -295,6 +295,8 @@ def _not_blocking(connection: socket.socket) -> Iterator[None]:
 def _bytes_of(data: Any) -> memoryview:
     """Return the bytes of a buffer of whatever format."""
     with memoryview(data) as view:
+        if not view.c_contiguous:
+            raise BufferError("memoryview: underlying buffer is not C-contiguous")
         try:
             return view.cast("B")
         except (TypeError, ValueError):  # of a format, or a shape, that cannot be cast

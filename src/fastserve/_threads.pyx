@@ -309,6 +309,7 @@ cdef class Job:
     cdef Completion *completion
     cdef object target, args, name_, target_name
     cdef bint started
+    cdef readonly bint has_begun  # whether its thread runs it, or has; a Thread's start() waits for that, this one not
     cdef public object _ident, _native_id
     cdef public bint _daemonic
 
@@ -406,6 +407,7 @@ cdef class Job:
     cdef int bootstrap(self) except? -1:
         """Run the job as ``Thread._bootstrap_inner`` does. Nothing is raised."""
         cdef object ident = self._ident
+        self.has_begun = True
         try:
             try:
                 if HAS_OS_NAME:

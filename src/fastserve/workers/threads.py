@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ _STDLIB_THREADS: Any = _std._Threads
 _NoThreads: Any = _std._NoThreads
 
 
+_BEGIN: Final = 1.0  # seconds that threads may take to begin
+_TICK: Final = 0.0001  # seconds between two looks at one
 _FEW: Final = 16  # ended threads that are kept at most, beside as many as run
 
 
@@ -38,8 +41,16 @@ class _Threads(_STDLIB_THREADS):  # type: ignore[misc]
             list.append(self, thread)
 
     def __len__(self) -> int:
-        """Return how many threads run or are about to. Any thread may call it, and it takes none off the list."""
-        return sum(thread.ident is None or thread.is_alive() for thread in self[:])
+        """Return how many threads run. Any thread may call it, and it takes none off the list.
+
+        A thread that is used again is waited for until it has begun, as in the stdlib its start would have been.
+        """
+        threads = self[:]
+        deadline = time.monotonic() + _BEGIN
+        for thread in threads:
+            while not getattr(thread, "has_begun", True) and thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(_TICK)
+        return sum(thread.ident is None or thread.is_alive() for thread in threads)
 
     def pop_all(self) -> list[threading.Thread]:
         """Remove and return all threads."""
