@@ -20,6 +20,8 @@ from load_support import (
 )
 from support import open_descriptors, wait_until
 
+pytestmark = pytest.mark.once
+
 
 def test_datagrams_are_those_that_the_server_answered() -> None:
     before = open_descriptors()

@@ -25,6 +25,8 @@ from load_support import (
 )
 from support import open_descriptors, wait_until
 
+pytestmark = pytest.mark.once
+
 
 def test_requests_are_those_that_the_server_answered() -> None:
     before = open_descriptors()

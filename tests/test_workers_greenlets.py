@@ -44,7 +44,8 @@ class Lines(socketserver.StreamRequestHandler):
 
 def server_of(handler: Any, **attributes: Any) -> fastserve.GreenletTCPServer:
     """Return a server of a class with these attributes."""
-    cls = type("Server", (fastserve.GreenletTCPServer,), attributes)
+    # More clients than the stdlib's 5 connect at a time here; who finds the backlog full tries again after a second.
+    cls = type("Server", (fastserve.GreenletTCPServer,), {"request_queue_size": 128, **attributes})
     server: fastserve.GreenletTCPServer = cls(("127.0.0.1", 0), handler)
     return server
 
