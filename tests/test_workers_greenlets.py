@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import http.client
 import http.server
@@ -708,3 +709,30 @@ def test_a_traceback_outlives_the_frames_of_its_greenlet() -> None:
         assert trace is not None
         found.append(trace.tb_frame.f_locals["local"])
     assert found == [b"%d" % number for number in range(50)]
+
+
+def test_clients_that_come_together_need_not_wait_for_a_turn_of_the_others_each() -> None:
+    rounds = [0]
+    begun: list[int] = []
+    busy = [True]
+
+    def handle(self: Any) -> None:
+        if self.request.recv(1) == b"b":
+            while busy:
+                rounds[0] += 1
+                fastserve.sleep(0)
+        else:
+            begun.append(rounds[0])
+
+    with contextlib.ExitStack() as clients:
+        server = server_of(handling(handle))
+        come: list[socket.socket] = []
+        # They wait in the backlog before the loop begins.
+        for word in (b"b", *(b"n",) * 10):
+            come.append(clients.enter_context(socket.create_connection(server.server_address, LIMIT)))
+            come[-1].sendall(word)
+        with serving(server):
+            wait_until(lambda: len(begun) == 10)
+            busy.clear()
+    if _backend.implementation == "c":
+        assert max(begun) - min(begun) < 5, "10 of them, and hardly a round of the busy one between"

@@ -6,6 +6,7 @@ would be called, on the class and on the instance. Without this module ``serve_f
 call every method, and the program cannot tell the difference but by looking at the stack.
 """
 
+import os as _os
 import socket as _socket_module
 import socketserver as _socketserver
 
@@ -51,6 +52,7 @@ cdef enum:
     # process_request is that of greenlets.
     GREENLET = 2048
     PLACES = 16  # classes that are remembered
+    MORE = 15  # connections that are taken for greenlets, after one, until it is the turn of those that are there
 
 cdef tuple NAMES = (
     "_handle_request_noblock", "get_request", "verify_request", "process_request", "finish_request",
@@ -85,6 +87,7 @@ cdef object _finish_handshake = None
 cdef object _is_failed_handshake = None
 
 cdef object _plain_socket = _socket_module.socket
+cdef object _get_blocking = _os.get_blocking
 cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
 
@@ -214,6 +217,7 @@ def run(server, loop):
     cdef object poller = loop._poller
     cdef EpollPoller epoll = poller if type(poller) is EpollPoller else None
     cdef bint green = type(poller) is _Hub
+    cdef bint may_try = green and not _get_blocking(listener)
     while True:
         PyErr_CheckSignals()
         if not is_plain(server, loop) or loop.stopping or flag_is_set(server):
@@ -228,13 +232,31 @@ def run(server, loop):
         # Another thread may have overridden them meanwhile. The poller still reports the listener to the loop then.
         if not (is_own(server, HANDLE_NOBLOCK, "_handle_request_noblock") and is_own(server, GET, "get_request")):
             return True
-        handle_request(server, poller if green else None)
+        if handle_request(server, poller if green else None) and may_try:
+            handle_more(server, loop, poller, listener)
         if not is_own(server, SERVICE, "service_actions"):
             server.service_actions()
 
 
-cdef int handle_request(object server, object hub) except -1:
-    """Do what ``_handle_request_noblock`` does, ``get_request`` included."""
+cdef int handle_more(object server, object loop, object hub, int listener) except -1:
+    """Begin more requests, as many as there are clients that wait, up to a limit.
+
+    With one for each turn of the hub, in which all connections that are there may be served, a new client would have to
+    wait for as many turns as there are new clients before it. The listener does not block.
+    """
+    cdef int _i
+    for _i in range(MORE):
+        if not is_plain(server, loop) or loop.stopping or flag_is_set(server):
+            return 0
+        if type(server.socket) is not _plain_socket or <int>_descriptor_of(server.socket) != listener:
+            return 0
+        if not handle_request(server, hub):
+            return 0
+    return 0
+
+
+cdef bint handle_request(object server, object hub) except -1:
+    """Do what ``_handle_request_noblock`` does, ``get_request`` included; return whether there was a request."""
     try:
         listener = server.socket
         if type(listener) is not _plain_socket:
@@ -244,8 +266,9 @@ cdef int handle_request(object server, object hub) except -1:
         else:
             request, client_address = accept_from(listener, _Connection)
     except OSError as error:
-        _accept_failed(server, error)
-        return 0
+        if hub is None or type(error) is not BlockingIOError:
+            _accept_failed(server, error)
+        return False
     if not is_own(server, VERIFY, "verify_request"):
         try:
             verified = server.verify_request(request, client_address)
@@ -255,7 +278,7 @@ cdef int handle_request(object server, object hub) except -1:
             verified = False
         if not verified:
             end(server, request)
-            return 0
+            return True
     try:
         if is_own(server, PROCESS, "process_request"):
             finish(server, request, client_address)
@@ -275,7 +298,7 @@ cdef int handle_request(object server, object hub) except -1:
     except BaseException:
         end(server, request)
         raise
-    return 0
+    return True
 
 
 cdef inline int finish(object server, object request, object client_address) except -1:
