@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import fastserve
+from fastserve import _backend
 from fastserve._loop import State
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 
