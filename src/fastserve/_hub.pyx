@@ -393,7 +393,7 @@ cdef class Hub:
     def pace(self):
         if self.budget <= 0:
             self.spend()
-        self.budget -= 1
+        self.budget -= CALL
 
     def arguments(self):
         """Return the arguments of the tasks that run, for whoever looks from another thread."""
