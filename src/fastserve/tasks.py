@@ -6,16 +6,18 @@ waits; elsewhere the calling thread does.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextvars
 import functools
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from fastserve import _backend, _waiting
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -65,8 +67,10 @@ def to_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs
         return call()
     task = hub.this()
     if hub.executor is None:
-        hub.executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="fastserve to_thread")
-    future: concurrent.futures.Future[_R] = hub.executor.submit(call)
+        from concurrent.futures import ThreadPoolExecutor  # it imports logging
+
+        hub.executor = ThreadPoolExecutor(thread_name_prefix="fastserve to_thread")
+    future: Future[_R] = hub.executor.submit(call)
     future.add_done_callback(lambda future: hub.post(task))
     try:
         while not future.done():

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
-import traceback
 from typing import Any, Final
 
 SLOW_HANDLER_SECONDS: Final = 0.1  # what servers have by default
 REPORT_GAP: Final = 1.0  # seconds between two reports, at least
-
-logger: Final = logging.getLogger("fastserve")
 
 
 class Watchdog:
@@ -69,6 +65,10 @@ class Watchdog:
         now = time.monotonic()
         if now - self._reported < REPORT_GAP:
             return False
+        # A sixth of the import of this package, and mostly never needed. Before the look: the stack goes on meanwhile.
+        import logging
+        import traceback
+
         frame = sys._current_frames().get(self._hub.owner)
         arguments = self._hub.arguments()
         if frame is None or self._hub.progress != progress:
@@ -79,7 +79,7 @@ class Watchdog:
             who = f"the handler {getattr(handler, '__qualname__', handler)} of {arguments[2]!r}"
         else:
             who = f"something in the loop of {type(self._server).__name__}"
-        logger.warning(
+        logging.getLogger("fastserve").warning(
             "%s has let no other client go on for %.2f seconds:\n%s",
             who,
             seconds,
