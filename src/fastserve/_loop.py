@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import selectors
 import signal
@@ -102,7 +103,7 @@ class Loop:
             self._poller.close()
             raise
         self._is_open = True
-        _watch_forks()
+        watch_forks(_after_fork_in_child)
         _loops.add(self)
         self._poller.register(self._wakeup.fileno())
         self._poller.register(self._listener)
@@ -382,15 +383,14 @@ def _never(server: Any, loop: Loop | SelectorLoop) -> bool:
     return False
 
 
-_watches_forks = False
+@functools.cache
+def watch_forks(after_in_child: Callable[[], None]) -> None:
+    """Have a function called in the children of the next forks, from its first use on.
 
-
-def _watch_forks() -> None:
-    """Have the next forks told, from the first loop on: what a forked child runs costs it page faults."""
-    global _watches_forks
-    if not _watches_forks and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-        _watches_forks = True
+    Nothing is registered before it is needed: what a forked child runs costs it page faults.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=after_in_child)
 
 
 def _after_fork_in_child() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from fastserve import _backend
 from fastserve._datagrams_py import Request
-from fastserve._loop import STATE, Loop, SelectorLoop, State
+from fastserve._loop import STATE, Loop, SelectorLoop, State, watch_forks
 from fastserve.gathering import GatheringSocket, gathering_socket
 from fastserve.handlers import OWN_OF_HANDLERS
 
@@ -52,7 +52,7 @@ class Datagrams:
         """Return the datagrams of ``server``, made now if there are none."""
         state = State.of(server)
         if state.datagrams is None:
-            _watch_forks()
+            watch_forks(_after_fork_in_child)
             with _lock:
                 if state.datagrams is None:
                     state.datagrams = cls()
@@ -63,15 +63,6 @@ class Datagrams:
 _all: weakref.WeakSet[Datagrams] = weakref.WeakSet()
 _lock = threading.Lock()
 _imported_in = os.getpid()
-_watches_forks = False
-
-
-def _watch_forks() -> None:
-    """Have the next forks told, from the first datagram server on: what a forked child runs costs it page faults."""
-    global _watches_forks
-    if not _watches_forks and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-        _watches_forks = True
 
 
 def _after_fork_in_child() -> None:
