@@ -7,7 +7,7 @@ import threading
 from types import MethodType
 from typing import Any, Final
 
-from fastserve._loop import new_event
+from fastserve._loop import new_event, quiet_service_actions
 from fastserve.server import BaseServer
 
 _IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
@@ -46,3 +46,8 @@ class IsShutDown:
         if _IS_SHUT_DOWN not in server.__dict__:
             raise AttributeError(_IS_SHUT_DOWN)
         del server.__dict__[_IS_SHUT_DOWN]
+
+
+if is_stdlib(socketserver.BaseServer.service_actions):
+    # Nor does that of the stdlib, over which such a mix-in may stand, do anything that the loop would have to tick for.
+    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)

@@ -10,9 +10,9 @@ import threading
 from typing import Any, Final
 
 from fastserve import _backend, _waiting, tls
-from fastserve._loop import Loop, State, quiet_service_actions
+from fastserve._loop import Loop, State
 from fastserve.server import BaseServer, TCPServer, UDPServer
-from fastserve.workers._following import IsShutDown, following, is_stdlib
+from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
@@ -270,10 +270,6 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
 
 if _backend.turns is not None:
     _backend.turns.know({}, {GreenletMixIn._handle_request_noblock, GreenletMixIn.get_request})
-
-if is_stdlib(socketserver.BaseServer.service_actions):
-    # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
-    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
 
 
 class GreenletTCPServer(GreenletMixIn, TCPServer):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import socket
-import socketserver
 import time
 import weakref
 from typing import Any, Final
 
 from fastserve import _backend, datagrams, pollers
-from fastserve._loop import Loop, State, quiet_service_actions
+from fastserve._loop import Loop, State
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
-from fastserve.workers._following import IsShutDown, following, is_stdlib
+from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._pool import Limits, Pool, default_workers
 from fastserve.workers.threads import ThreadingMixIn, method_for_thread
 
@@ -144,11 +143,6 @@ def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
     while not pool.wait_for_place(limits, TICK):
         if getattr(server, _SHUTDOWN_REQUEST, False) or (loop is not None and loop.stopping):
             return
-
-
-if is_stdlib(socketserver.BaseServer.service_actions):
-    # Nor does that of the stdlib, over which the mix-in may stand, do anything that the loop would have to tick for.
-    quiet_service_actions.setdefault(socketserver.BaseServer.service_actions, None)
 
 
 if _backend.turns is not None:
