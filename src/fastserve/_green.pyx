@@ -9,7 +9,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EBADF, EINTR
 from libc.string cimport memchr, memcpy, memset
 
 from fastserve import _green_py
@@ -33,6 +33,15 @@ cdef object _type_of = _socket.socket.type.__get__
 cdef object _proto_of = _socket.socket.proto.__get__
 
 
+cdef inline int begin_reading(Hub hub) except -1:
+    """Send what was gathered, and let others have their turn if it is time for that."""
+    if hub.corked:
+        hub.flush()
+    if hub.budget <= 0:
+        hub.spend()
+    return 0
+
+
 cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room) except -1:
     """Receive what there is, waiting for it."""
     cdef double deadline = -1.0
@@ -42,7 +51,7 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room)
     while True:
         fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
         if fd < 0:
-            raise error_of(9)  # EBADF
+            raise error_of(EBADF)
         slot = hub.slot_of(connection, fd)
         if not slot.drained or deadline == 0.0:
             size = fs_recv(fd, data, room, MSG_DONTWAIT)
@@ -69,14 +78,14 @@ cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) exc
     cdef Slot *slot
     cdef int fd = descriptor_of(connection)
     if fd < 0:
-        raise error_of(9)
+        raise error_of(EBADF)
     slot = hub.slot_of(connection, fd)
     if slot.unread > 0 or hub.corked:
         if hub.corked and (hub.cork_owner is not connection or hub.corked + size > CORK):
             hub.flush()
             fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
             if fd < 0:
-                raise error_of(9)
+                raise error_of(EBADF)
             slot = hub.slot_of(connection, fd)
         if size <= CORK and (hub.corked or (slot.unread > 0 and not slot.exposed and deadline_of(connection) != 0.0)):
             if hub.corked == 0:
@@ -107,10 +116,7 @@ cdef class _Green:
         cdef Py_ssize_t size
         if hub is None or flags or type(bufsize) is not int or bufsize <= 0:
             return _PyConnection.recv(self, bufsize, flags)
-        if hub.corked:
-            hub.flush()
-        if hub.budget <= 0:
-            hub.spend()
+        begin_reading(hub)
         size = receive(hub, self, hub.scratch, SCRATCH if bufsize > SCRATCH else <Py_ssize_t>bufsize)
         return PyBytes_FromStringAndSize(hub.scratch, size)
 
@@ -120,10 +126,7 @@ cdef class _Green:
         cdef Py_ssize_t size
         if hub is None or flags or type(nbytes) is not int or nbytes < 0:
             return _PyConnection.recv_into(self, buffer, nbytes, flags)
-        if hub.corked:
-            hub.flush()
-        if hub.budget <= 0:
-            hub.spend()
+        begin_reading(hub)
         try:
             PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         except BufferError:
@@ -323,10 +326,7 @@ cdef class Reader:
         """Receive into the scratch of the hub; -1 if nothing is there and the connection does not wait."""
         if self.timed_out:
             raise OSError("cannot read from timed out object")
-        if hub.corked:
-            hub.flush()
-        if hub.budget <= 0:
-            hub.spend()
+        begin_reading(hub)
         try:
             return receive(hub, self.sock, hub.scratch, room)
         except BlockingIOError:

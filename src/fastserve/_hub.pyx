@@ -99,6 +99,11 @@ cdef Hub running_hub():
     return None if found == NULL else <Hub>found
 
 
+cdef double deadline_after(object timeout) except -1.0:
+    """Return when so many seconds from now have passed: INFINITY for ``None``."""
+    return INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+
+
 cdef double deadline_of(object connection) except -1.0:
     """Return until when an operation may wait: INFINITY, or 0.0 if it must not wait."""
     cdef double timeout
@@ -276,7 +281,7 @@ cdef class Hub:
 
     def wait(self, timeout=None):
         cdef list found
-        self.wait_as_root(INFINITY if timeout is None else now() + min(<double>timeout, MAX_WAIT))
+        self.wait_as_root(deadline_after(timeout))
         found, self.root_ready = self.root_ready, []
         return found
 
@@ -354,7 +359,7 @@ cdef class Hub:
             self.flush()
             return True
         me = self.this_task()
-        self.park_until(me, INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT))
+        self.park_until(me, deadline_after(timeout))
         return not me.timed_out
 
     def wake(self, Task task):
@@ -369,7 +374,7 @@ cdef class Hub:
 
     def drain(self, timeout=None):
         """Let the tasks go on until all have ended; return whether they have. The root calls it."""
-        cdef double deadline = INFINITY if timeout is None else now() + min(max(<double>timeout, 0.0), MAX_WAIT)
+        cdef double deadline = deadline_after(timeout)
         if self.stale:
             return True  # they are the parent's
         self.root_drains = True

@@ -261,15 +261,22 @@ cdef Worker *pop_idle() noexcept nogil:
     return worker
 
 
+cdef PyThread_type_lock new_held_lock() noexcept:
+    """Return a lock that is held, so that who waits for it sleeps until it is released; NULL without memory."""
+    cdef PyThread_type_lock lock = PyThread_allocate_lock()
+    if lock != NULL:
+        PyThread_acquire_lock(lock, NOWAIT_LOCK)
+    return lock
+
+
 cdef Worker *new_worker() except NULL:
     cdef Worker *worker = <Worker *>calloc(1, sizeof(Worker))
     if worker == NULL:
         raise MemoryError()
-    worker.wakeup = PyThread_allocate_lock()
+    worker.wakeup = new_held_lock()
     if worker.wakeup == NULL:
         free(worker)
         raise MemoryError()
-    PyThread_acquire_lock(worker.wakeup, NOWAIT_LOCK)
     worker.season = season
     return worker
 
@@ -578,11 +585,10 @@ cdef Waiter *new_waiter() except NULL:
     cdef Waiter *waiter = <Waiter *>calloc(1, sizeof(Waiter))
     if waiter == NULL:
         raise MemoryError()
-    waiter.wakeup = PyThread_allocate_lock()
+    waiter.wakeup = new_held_lock()
     if waiter.wakeup == NULL:
         free(waiter)
         raise MemoryError()
-    PyThread_acquire_lock(waiter.wakeup, NOWAIT_LOCK)
     return waiter
 
 

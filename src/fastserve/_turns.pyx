@@ -370,8 +370,8 @@ cdef inline bint is_ready(object request) except -1:
     )
 
 
-def process_request_thread(server, request, client_address):
-    """Do what ``ThreadingMixIn.process_request_thread`` does."""
+cdef inline int process_in_worker(object server, object request, object client_address) except -1:
+    """Handle a request, and its errors, in the thread or the greenlet that it has."""
     try:
         if is_ready(request):
             finish(server, request, client_address)
@@ -379,21 +379,21 @@ def process_request_thread(server, request, client_address):
         server.handle_error(request, client_address)
     finally:
         end(server, request)
+    return 0
+
+
+def process_request_thread(server, request, client_address):
+    """Do what ``ThreadingMixIn.process_request_thread`` does."""
+    process_in_worker(server, request, client_address)
 
 
 def process_request_greenlet(server, request, client_address):
     """Handle a request in its greenlet, as ``process_request_thread`` does."""
     try:
-        if not is_own(server, IN_THREAD, "process_request_thread"):
+        if is_own(server, IN_THREAD, "process_request_thread"):
+            process_in_worker(server, request, client_address)
+        else:
             server.process_request_thread(request, client_address)
-            return
-        try:
-            if is_ready(request):
-                finish(server, request, client_address)
-        except Exception:
-            server.handle_error(request, client_address)
-        finally:
-            end(server, request)
     except BaseException as error:
         _ended_by(error, request)
 
