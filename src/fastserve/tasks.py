@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from fastserve import _backend, _waiting
+from fastserve import _backend, _uncaught, _waiting
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -108,9 +108,7 @@ class _SpawnedGreenlet:
         try:
             self._call()
         except Exception as error:
-            threading.excepthook(
-                threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
-            )
+            _uncaught.report(error)
         finally:
             self._ended = True
             for task in self._waiting:

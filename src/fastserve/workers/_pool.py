@@ -7,7 +7,6 @@ import os
 import queue
 import socket
 import socketserver
-import sys
 import threading
 import time
 import weakref
@@ -15,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from fastserve import _backend, streams
+from fastserve import _backend, _uncaught, streams
 from fastserve._loop import Loop
 
 _std: Any = socketserver  # see server.py
@@ -244,20 +243,12 @@ def _work(pool: Pool) -> None:
         try:
             method, request, client_address = work
             method(request, client_address)
-        except BaseException:
-            _report()
+        except BaseException as error:
+            _uncaught.report(error)
         del work, method, request, client_address  # an idle worker keeps neither a request nor the server
         if mine is not pool._queue:
             return  # a forked child
         pool.done()
-
-
-def _report() -> None:
-    """Do with the current exception what is done at the end of a thread: the worker goes on."""
-    try:
-        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-    except Exception:
-        sys.excepthook(*sys.exc_info())
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

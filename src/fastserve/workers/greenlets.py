@@ -9,14 +9,13 @@ import socketserver
 import threading
 from typing import Any, Final
 
-from fastserve import _backend, _waiting, tls
+from fastserve import _backend, _uncaught, _waiting, tls
 from fastserve._loop import Loop, State
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
-_std: Any = socketserver  # see server.py
 
 TICK: Final = 0.05  # seconds between two looks at a hub, while another thread waits for its handlers
 
@@ -241,8 +240,7 @@ def _ended_by(error: BaseException, request: Any) -> None:
         if isinstance(request, socket.socket):
             request.close()
         raise error
-    hook = _std.threading.excepthook
-    hook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    _uncaught.report(error)
 
 
 def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> None:
