@@ -42,12 +42,21 @@ def resources() -> dict[str, int]:
     }
 
 
-def resources_left(before: dict[str, int]) -> dict[str, int]:
-    """Return what is held at the end, when threads that are about to end have done so."""
+def report_resources(before: dict[str, int], warm: dict[str, int], serving: dict[str, int]) -> list[str]:
+    """Print what was held when, and is held at the end; return what of it should not be so."""
     deadline = time.monotonic() + 10
-    while (found := resources())["threads"] > before["threads"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return found
+    while (closed := resources())["threads"] > before["threads"] and time.monotonic() < deadline:
+        time.sleep(0.01)  # for threads that are about to end
+    for when, found in (("before", before), ("warm", warm), ("serving", serving), ("closed", closed)):
+        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    faults = [
+        f"{before[name]} {name} before, {closed[name]} after"
+        for name in ("descriptors", "threads")
+        if closed[name] != before[name]
+    ]
+    if warm and serving["KiB"] - warm["KiB"] > GROWTH:
+        faults.append(f"memory grew by {serving['KiB'] - warm['KiB']} KiB")
+    return faults
 
 
 def kernel_drops(port: int) -> int:
@@ -105,20 +114,13 @@ def soak_datagrams(options: argparse.Namespace) -> list[str]:
         server.shutdown()
         serving.join()
         took = time.monotonic() - begun
-    end = resources_left(before)
     print(
         f"datagrams: {sent:,} sent, {server.handled:,} handled, {dropped:,} dropped by the kernel, {answered:,} "
         f"answers seen, {took:.1f} s; {fastserve.implementation}"
     )
-    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
-        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    faults += report_resources(before, warm, after)
     if server.handled + dropped != sent:
         faults.append(f"{sent - dropped - server.handled} datagrams that the kernel delivered were not handled")
-    for name in ("descriptors", "threads"):
-        if end[name] != before[name]:
-            faults.append(f"{before[name]} {name} before, {end[name]} after")
-    if warm and after["KiB"] - warm["KiB"] > GROWTH:
-        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
     return faults
 
 
@@ -213,23 +215,16 @@ def soak_connections(options: argparse.Namespace, server_class: type[CountingSer
         server.shutdown()
         serving.join()
     done = min(next(numbers) - options.clients, options.requests)
-    end = resources_left(before)
     errors = next(server.errors)
     print(
         f"{options.what}: {done:,} made, {len(wrong)} not answered, {errors:,} handlers raised, "
         f"{time.monotonic() - begun:.1f} s; {fastserve.implementation}"
     )
-    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
-        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    faults += report_resources(before, warm, after)
     if wrong:
         faults.append(f"{len(wrong)} connections had no answer, {wrong[0]} the first")
     if done == options.requests and errors != len(range(0, done, 10)):
         faults.append(f"{errors} handlers raised, not {len(range(0, done, 10))}")
-    for name in ("descriptors", "threads"):
-        if end[name] != before[name]:
-            faults.append(f"{before[name]} {name} before, {end[name]} after")
-    if warm and after["KiB"] - warm["KiB"] > GROWTH:
-        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
     return faults
 
 
@@ -366,14 +361,12 @@ def soak_mixed(options: argparse.Namespace) -> list[str]:
             connection.close()
         server.shutdown()
         serving.join()
-    end = resources_left(before)
     blamed = ", ".join(f"{count:,} {name}" for name, count in sorted(server.blamed.items()))
     print(
         f"mixed: {sum(done):,} connections beside {keep:,} that stayed, {alive:,} of which answered at the end; "
         f"{blamed or 'no errors'}; {time.monotonic() - begun:.1f} s; {fastserve.implementation}"
     )
-    for when, found in (("before", before), ("warm", warm), ("serving", after), ("closed", end)):
-        print(f"  {when}: " + ", ".join(f"{value} {name}" for name, value in found.items()))
+    faults += report_resources(before, warm, after)
     if failed:
         faults.append(f"{len(failed)} connections did not get what they should, the first {failed[0]}")
     if server.unexpected:
@@ -382,11 +375,6 @@ def soak_mixed(options: argparse.Namespace) -> list[str]:
         )
     if alive != keep:
         faults.append(f"{keep - alive} connections that stayed had no answer")
-    for name in ("descriptors", "threads"):
-        if end[name] != before[name]:
-            faults.append(f"{before[name]} {name} before, {end[name]} after")
-    if warm and after["KiB"] - warm["KiB"] > GROWTH:
-        faults.append(f"memory grew by {after['KiB'] - warm['KiB']} KiB")
     return faults
 
 

@@ -16,7 +16,6 @@ from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
-
 TICK: Final = 0.05  # seconds between two looks at a hub, while another thread waits for its handlers
 
 _STDLIB_GET_REQUEST: Final = socketserver.TCPServer.get_request
