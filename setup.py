@@ -26,7 +26,7 @@ def extensions() -> list[Extension]:
     headers = sorted(glob.glob("src/fastserve/*.h") + glob.glob("src/fastserve/*.pxd"))
     # Python's own flags ask for debug information, three quarters of the size. CFLAGS of one's own are respected.
     options = [] if "CFLAGS" in os.environ else ["-g0"]
-    names = ["_core", "_streams", "_datagrams", "_handlers", "_threads", "_turns"]
+    names = ["_sockets", "_core", "_streams", "_datagrams", "_handlers", "_threads", "_turns"]
     if sys.platform == "linux":  # the only system that the load generator of the benchmarks knows
         names.append("_load")
     includes = []

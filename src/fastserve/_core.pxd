@@ -8,4 +8,4 @@ cdef class EpollPoller:
     cpdef close(self)
 
 
-cdef object accept_from(object listener, object request_class)
+cdef object accept_from(object listener, object make)

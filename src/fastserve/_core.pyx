@@ -6,8 +6,6 @@ Its contract and its types are those of ``_core_py``; the docstrings here say on
 
 import socket as _socket_module
 
-import _socket
-
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENOENT, EPERM
 from libc.math cimport ceil
@@ -18,6 +16,7 @@ from libc.string cimport memset
 from fastserve._addresses cimport address_of
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
+from fastserve._sockets cimport descriptor_of, family_of, protocol_of, timeout_of, type_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, FD_CLR, FD_ISSET, FD_SET, FD_SETSIZE,
     FD_ZERO, FS_HAVE_EPOLL, FS_HAVE_EVENTFD, POLLIN, close_descriptor, epoll_event, fd_set, fs_accept,
@@ -35,11 +34,6 @@ cdef enum:
 # socket.socket make enum members of them at ten times the cost.
 cdef object _plain_socket = _socket_module.socket if _socket_module.socket.__module__ == "socket" else None
 cdef object _plain_accept = None if _plain_socket is None else _plain_socket.accept
-cdef object _family_of = _socket.socket.family.__get__
-cdef object _type_of = _socket.socket.type.__get__
-cdef object _proto_of = _socket.socket.proto.__get__
-cdef object _timeout_of = _socket.socket.gettimeout
-cdef object _descriptor_of = _socket.socket.fileno
 
 
 cdef int _checked(int fd) except -1:
@@ -298,12 +292,12 @@ def wait_readable(int fd, timeout):
         _interrupted(result)
 
 
-def accept(listener, request_class=_plain_socket):
+def accept(listener, make=_plain_socket):
     """Accept with accept4(2) without the GIL, if ``listener`` is a plain socket of a family known here."""
-    return accept_from(listener, request_class)
+    return accept_from(listener, make)
 
 
-cdef object accept_from(object listener, object request_class):
+cdef object accept_from(object listener, object make):
     cdef sockaddr_storage storage
     cdef socklen_t length = sizeof(storage)
     cdef int descriptor, family
@@ -314,12 +308,12 @@ cdef object accept_from(object listener, object request_class):
         or _plain_socket.accept is not _plain_accept
     ):
         return listener.accept()  # somebody's own, or somebody's own would be made
-    family = _family_of(listener)
+    family = family_of(listener)
     if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
         return listener.accept()
     memset(&storage, 0, sizeof(storage))
     while True:
-        descriptor = _descriptor_of(listener)  # asked for again after a signal handler, which may have closed it
+        descriptor = descriptor_of(listener)  # asked for again after a signal handler, which may have closed it
         with nogil:
             result = fs_accept(descriptor, <sockaddr *>&storage, &length)
         if result >= 0:
@@ -327,17 +321,17 @@ cdef object accept_from(object listener, object request_class):
         if result == -EINTR:
             PyErr_CheckSignals()
             length = sizeof(storage)
-        elif result == -EAGAIN and _timeout_of(listener):
+        elif result == -EAGAIN and timeout_of(listener) > 0.0:
             return listener.accept()  # it has a timeout, and waits for what is left of it
         else:
             raise error_of(-result)
     try:
         address = address_of(&storage, length, family)
-        request = request_class(family, _type_of(listener), _proto_of(listener), result)
+        request = make(family, type_of(listener), protocol_of(listener), result)
     except BaseException:
         close_descriptor(result)
         raise
     # CPython issue 7995: some systems let the new descriptor inherit O_NONBLOCK from a listener with a timeout.
-    if _timeout_of(listener) and _socket_module.getdefaulttimeout() is None:
+    if timeout_of(listener) > 0.0 and _socket_module.getdefaulttimeout() is None:
         request.setblocking(True)
     return request, address

@@ -214,11 +214,11 @@ _plain_accept: Final = socket.socket.accept
 
 
 def accept(
-    listener: socket.socket, request_class: Callable[[int, int, int, int], socket.socket] = _plain_socket
+    listener: socket.socket, make: Callable[[int, int, int, int], socket.socket] = _plain_socket
 ) -> tuple[socket.socket, Any]:
     """Accept one connection: what ``listener.accept()`` returns and raises.
 
-    If ``listener`` is a plain ``socket.socket`` the connection is what ``request_class(family, type, proto, fd)``
+    If ``listener`` is a plain ``socket.socket`` the connection is what ``make(family, type, proto, fd)``
     makes. Anything else, such as a subclass, or a ``socket.socket`` that a library has replaced, makes its own.
     """
     if (
@@ -230,7 +230,7 @@ def accept(
         return listener.accept()
     descriptor, address = listener._accept()  # type: ignore[attr-defined]
     try:
-        request = request_class(listener.family, listener.type, listener.proto, descriptor)
+        request = make(listener.family, listener.type, listener.proto, descriptor)
     except BaseException:
         os.close(descriptor)
         raise

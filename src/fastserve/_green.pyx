@@ -13,11 +13,13 @@ from libc.errno cimport EAGAIN, EBADF, EINTR
 from libc.string cimport memchr, memcpy, memset
 
 from fastserve import _green_py
+from fastserve cimport _streams
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._hub cimport (
-    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, descriptor_of, forget, running_hub, send_all,
+    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, forget, running_hub, send_all,
 )
+from fastserve._sockets cimport descriptor_of, family_of, initialize, new_socket, protocol_of, type_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, close_descriptor, fs_accept, fs_recv, fs_send, fs_shutdown_and_close,
     sockaddr, sockaddr_storage, socklen_t,
@@ -25,12 +27,8 @@ from fastserve._syscalls cimport (
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _PyConnection = _green_py.Connection
-cdef object _init_socket = _socket.socket.__init__
 cdef object _close = _socket.socket.close
 cdef object _detach = _socket.socket.detach
-cdef object _family_of = _socket.socket.family.__get__
-cdef object _type_of = _socket.socket.type.__get__
-cdef object _proto_of = _socket.socket.proto.__get__
 
 
 cdef inline int begin_reading(Hub hub) except -1:
@@ -203,6 +201,21 @@ class Connection(_Green, _PyConnection):
     __new__ = _plain_socket.__new__
 
 
+cdef int _send_written(object connection, const char *data, Py_ssize_t size) except -1:
+    cdef Hub hub = running_hub()
+    if hub is None:
+        return False
+    if hub.budget <= 0:
+        hub.spend()
+    send(hub, connection, data, size)
+    return True
+
+
+_streams.green_class = Connection
+_streams.green_sendall = Connection.sendall
+_streams.green_send = _send_written
+
+
 def adopt(connection):
     connection.__class__ = Connection
     forget(descriptor_of(connection))
@@ -216,7 +229,7 @@ def accept(listener):
     cdef int fd
     if type(listener) is not _plain_socket:
         return listener.accept()  # somebody's own
-    family = _family_of(listener)
+    family = family_of(listener)
     if family != AF_INET and family != AF_INET6 and family != AF_UNIX:
         return _green_py.accept(listener)
     memset(&storage, 0, sizeof(storage))
@@ -224,13 +237,11 @@ def accept(listener):
     if fd < 0:
         raise error_of(-fd)
     try:
-        connection = Connection.__new__(Connection)
-        _init_socket(connection, family, _type_of(listener), _proto_of(listener), fd)
+        connection = new_socket(Connection)
+        initialize(connection, family, type_of(listener), protocol_of(listener), fd)
     except BaseException:
         close_descriptor(fd)
         raise
-    connection._io_refs = 0
-    connection._closed = False
     forget(fd)
     return connection, address_of(&storage, length, family)
 

@@ -204,7 +204,7 @@ class Connection(_streams_py.Connection):
                 return _plain._accept(listener)
 
         fd, address = _waiting.retry(self, False, take)
-        return Connection(self.family, self.type, self.proto, fileno=fd), address
+        return _accepted(self, fd), address
 
     def settimeout(self, value: float | None, /) -> None:
         _flush()
@@ -333,7 +333,15 @@ def end(connection: socket.socket) -> None:
 def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
     """Accept a connection that waits in the hub; return it and the address of the client."""
     fd, address = listener._accept()  # type: ignore[attr-defined]
-    return Connection(listener.family, listener.type, listener.proto, fileno=fd), address
+    return _accepted(listener, fd), address
+
+
+def _accepted(listener: socket.socket, fd: int) -> Connection:
+    try:
+        return Connection(listener.family, listener.type, listener.proto, fileno=fd)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 Connection.__module__ = "fastserve.streams"

@@ -29,42 +29,6 @@ static inline int fs_watch(int epfd, int operation, int fd, uint32_t events, uin
 
 static inline uint64_t fs_tag(const struct epoll_event *event) { return event->data.u64; }
 
-/* The beginning of a socket of the module _socket, in every CPython from 3.11 to 3.15. Its methods would tell the same
- * at some thirty times the cost; whether it still is so is asked at import, and they are asked if not. */
-typedef struct {
-    PyObject_HEAD
-    int descriptor;
-    int family, type, protocol;
-    PyObject *(*error_handler)(void);
-    int64_t timeout;  /* nanoseconds; negative: none */
-} fs_socket;
-
-static int fs_knows_sockets = 0;
-
-static inline int fs_descriptor_of(PyObject *socket)
-{
-    return ((fs_socket *)socket)->descriptor;
-}
-
-/* Whether it is a stream of TCP. */
-static inline int fs_is_tcp(PyObject *socket)
-{
-    const fs_socket *found = (fs_socket *)socket;
-    return (found->family == AF_INET || found->family == AF_INET6) && found->type == SOCK_STREAM;
-}
-
-/* Seconds; negative: none. */
-static inline double fs_timeout_of(PyObject *socket)
-{
-    return (double)((fs_socket *)socket)->timeout * 1e-9;
-}
-
-static inline void fs_know_sockets(PyObject *one, int descriptor, PyObject *other, double timeout)
-{
-    fs_knows_sockets = Py_TYPE(one)->tp_basicsize >= (Py_ssize_t)sizeof(fs_socket)
-        && fs_is_tcp(one) && fs_descriptor_of(one) == descriptor && fs_timeout_of(one) < 0.0 && fs_timeout_of(other) == timeout;
-}
-
 /* The first block of Python frames of a greenlet. CPython would map 16 KiB at its first function, and the frames of a
  * request that waits for its client touch a page of 4 KiB of them, though most need a fifth of it. What does not fit here
  * goes to blocks of CPython's own, as the frames of any deep call do.

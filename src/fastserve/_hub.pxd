@@ -124,7 +124,6 @@ cdef class Hub:
 
 
 cdef Hub running_hub()
-cdef int descriptor_of(object connection) except -2
 cdef double deadline_of(object connection) except -1.0
 cdef int send_all(Hub hub, object connection, const char *data, Py_ssize_t size, double deadline) except -1
 cdef int forget(int fd) except -1

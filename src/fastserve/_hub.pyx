@@ -6,11 +6,9 @@ the next event, or asks the kernel for more, and switches straight to the greenl
 """
 
 import os as _os
-import socket as _socket_module
 import threading as _threading
 from collections import deque as _deque
 
-import _socket
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
@@ -23,6 +21,7 @@ from libc.string cimport memset
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
+from fastserve._sockets cimport descriptor_of, family_of, timeout_of, type_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, MSG_DONTWAIT, close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send,
 )
@@ -40,11 +39,6 @@ cdef extern from "greenlet.h":
 cdef extern from "_hub.h" nogil:
     enum:
         SOCK_STREAM
-    int fs_knows_sockets
-    void fs_know_sockets(PyObject *, int, PyObject *, double)
-    int fs_descriptor_of(PyObject *)
-    int fs_is_tcp(PyObject *)
-    double fs_timeout_of(PyObject *)
     void *fs_hub_get()
     void fs_hub_set(void *)
     void *fs_frames_begin()
@@ -64,34 +58,10 @@ cdef enum:
     PAGE = 4096  # bytes
     POOLED = 512  # greenlets kept for later requests; each holds some 6 KiB
 
-cdef object _descriptor_method = _socket.socket.fileno
-cdef object _family_of = _socket.socket.family.__get__
-cdef object _type_of = _socket.socket.type.__get__
-cdef object _timeout_of = _socket.socket.gettimeout
 # What a forked child inherits of its parent's hub. Were it collected there, the handlers would be ended in the child,
 # and with them the connections of the parent.
 cdef list _inherited = []
 cdef list _hubs = _waiting.hubs
-
-
-cdef _look_inside_sockets():
-    """Find out whether the fields of a socket are where they are looked for; else its methods are asked."""
-    with _socket_module.socket() as one, _socket_module.socket() as other:
-        other.settimeout(12.5)
-        fs_know_sockets(<PyObject *>one, one.fileno(), <PyObject *>other, 12.5)
-
-
-_look_inside_sockets()
-
-
-cdef int descriptor_of(object connection) except -2:
-    return fs_descriptor_of(<PyObject *>connection) if fs_knows_sockets else <int>_descriptor_method(connection)
-
-
-cdef bint is_tcp(object connection) except -1:
-    if fs_knows_sockets:
-        return fs_is_tcp(<PyObject *>connection)
-    return <int>_family_of(connection) in (AF_INET, AF_INET6) and <int>_type_of(connection) == SOCK_STREAM
 
 
 cdef Hub running_hub():
@@ -106,12 +76,7 @@ cdef double deadline_after(object timeout) except -1.0:
 
 cdef double deadline_of(object connection) except -1.0:
     """Return until when an operation may wait: INFINITY, or 0.0 if it must not wait."""
-    cdef double timeout
-    if fs_knows_sockets:
-        timeout = fs_timeout_of(<PyObject *>connection)
-    else:
-        seconds = _timeout_of(connection)
-        timeout = -1.0 if seconds is None else seconds
+    cdef double timeout = timeout_of(connection)
     if timeout < 0.0:
         return INFINITY
     return now() + min(timeout, MAX_WAIT) if timeout > 0.0 else 0.0
@@ -468,7 +433,9 @@ cdef class Hub:
             self.slots[fd].owner = <void *>connection
             # A short read tells that nothing is left for a stream of TCP alone: that of a Unix socket ends where a
             # message carries descriptors, that of a datagram socket with each datagram.
-            self.slots[fd].peculiar = not is_tcp(connection)
+            self.slots[fd].peculiar = (
+                type_of(connection) != SOCK_STREAM or family_of(connection) not in (AF_INET, AF_INET6)
+            )
         return &self.slots[fd]
 
     cdef void clear_slot(self, int fd):

@@ -16,13 +16,17 @@ from io import BufferedReader as _BufferedReader
 import _socket
 cimport cython
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
+from cpython.object cimport PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.math cimport ceil
 
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
+from fastserve._hooks cimport fs_version_of
+from fastserve._sockets cimport descriptor_of, initialize, new_socket, timeout_of
 from fastserve._streams_py import reduce_connection as _reduce_connection
 from fastserve._syscalls cimport MSG_DONTWAIT, POLLIN, fs_poll, fs_recv, fs_send, pollfd
 
@@ -37,12 +41,10 @@ cdef object _StdlibWriter = _socketserver._SocketWriter
 cdef object _raw_close = _socket_module.io.RawIOBase.close
 
 # The methods at the C level; nothing but a module that replaces socket.socket stands between them and the kernel.
-cdef object _init_socket = _socket.socket.__init__
-cdef object _descriptor_of = _socket.socket.fileno
-cdef object _timeout_of = _socket.socket.gettimeout
 cdef object _recv_into = _socket.socket.recv_into
 cdef object _sendall = _socket.socket.sendall
 cdef object _close = _socket.socket.close
+cdef object _init_socket = _socket.socket.__init__
 
 
 cdef Py_ssize_t _receive(int fd, void *data, size_t size, double until) noexcept nogil:
@@ -77,8 +79,8 @@ cdef class _Reader:
         cdef Py_buffer view
         cdef Py_ssize_t result
         cdef int fd
+        cdef double timeout
         cdef double until = 0.0
-        cdef object timeout
         cdef object sock = self._sock
         cdef object cls = type(sock)
         if (
@@ -95,13 +97,13 @@ cdef class _Reader:
         try:
             if view.len == 0:
                 return _SocketIO_readinto(self, b)
-            timeout = _timeout_of(sock)
-            if timeout is not None:
-                until = now() + min(<double>timeout, MAX_WAIT) if timeout else 0.0
+            timeout = timeout_of(sock)
+            if timeout > 0.0:
+                until = now() + min(timeout, MAX_WAIT)
             while True:
-                fd = _descriptor_of(sock)  # asked for again after a signal handler, which may have closed it
+                fd = descriptor_of(sock)  # asked for again after a signal handler, which may have closed it
                 with nogil:
-                    if timeout is None:
+                    if timeout < 0.0:
                         result = fs_recv(fd, view.buf, view.len, 0)
                     else:
                         result = _receive(fd, view.buf, view.len, until)
@@ -111,7 +113,7 @@ cdef class _Reader:
                     PyErr_CheckSignals()
                 elif result != -EAGAIN:
                     raise error_of(-result)
-                elif timeout:
+                elif timeout > 0.0:
                     self._timeout_occurred = True
                     raise TimeoutError("timed out")
                 else:
@@ -151,6 +153,22 @@ cdef object _write_all(object sock, object b):
         return view.nbytes
 
 
+green_class = green_sendall = None
+cdef unsigned int _green_version = 0
+
+
+cdef inline bint _is_green(object cls) except -1:
+    """Return whether it is the class of a hub's connections, and nobody has replaced its ``sendall``."""
+    global _green_version
+    if cls is not green_class:
+        return False
+    if fs_version_of(<PyTypeObject *>cls) != _green_version or _green_version == 0:
+        if cls.sendall is not green_sendall:
+            return False
+        _green_version = fs_version_of(<PyTypeObject *>cls)
+    return True
+
+
 @cython.auto_pickle(False)
 cdef class _Writer:
     """The methods of :class:`_SocketWriter`."""
@@ -164,6 +182,10 @@ cdef class _Writer:
         cdef int fd, flags
         cdef object sock = self._sock
         cdef object cls = type(sock)
+        if _is_green(cls):
+            if type(b) is bytes and green_send(sock, PyBytes_AS_STRING(b), PyBytes_GET_SIZE(b)):
+                return PyBytes_GET_SIZE(b)
+            return _write_all(sock, b)
         if (cls is not Connection and cls is not _plain_socket) or cls.sendall is not _sendall:
             return _write_all(sock, b)
         try:
@@ -174,8 +196,8 @@ cdef class _Writer:
             if view.len == 0:
                 return _write_all(sock, b)
             # The descriptor need not be non-blocking: another object may have changed it.
-            flags = 0 if _timeout_of(sock) is None else MSG_DONTWAIT
-            fd = _descriptor_of(sock)
+            flags = 0 if timeout_of(sock) < 0.0 else MSG_DONTWAIT
+            fd = descriptor_of(sock)
             with nogil:
                 sent = fs_send(fd, view.buf, view.len, flags)
             if sent < 0:
@@ -254,3 +276,15 @@ class Connection(_Connection, _plain_socket):
     def __reduce_ex__(self, protocol):
         # A method in C has no frame of its own.
         return _reduce_connection(self, protocol, _sys._getframe(0).f_globals)
+
+
+cdef object _init_connection = Connection.__init__
+
+
+def accepted(family, type, proto, descriptor):
+    """Return the :class:`Connection` of a descriptor that accept(2) has returned."""
+    if Connection.__init__ is not _init_connection or _plain_socket.__init__ is not _plain_init:
+        return Connection(family, type, proto, descriptor)
+    connection = new_socket(Connection)
+    initialize(connection, family, type, proto, descriptor)
+    return connection

@@ -37,6 +37,11 @@ class Connection(socket.socket):
         return reduce_connection(self, protocol, sys._getframe(1).f_globals)
 
 
+def accepted(family: int, type: int, proto: int, descriptor: int) -> Connection:
+    """Return the connection of a descriptor that accept(2) has returned."""
+    return Connection(family, type, proto, descriptor)
+
+
 class _SocketWriter(_STDLIB_WRITER):  # type: ignore[misc, valid-type]
     """A writable file over a connection that keeps nothing back, so that there is no need to flush it."""
 

@@ -22,7 +22,8 @@ from fastserve._hooks cimport (
     fs_version_of,
 )
 from fastserve._errors cimport error_of
-from fastserve._streams import Connection as _Connection
+from fastserve._sockets cimport descriptor_of
+from fastserve._streams import Connection as _Connection, accepted as _accepted
 from fastserve._syscalls cimport fs_shutdown_and_close
 
 cdef extern from "Python.h":
@@ -88,7 +89,6 @@ cdef object _is_failed_handshake = None
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _get_blocking = _os.get_blocking
-cdef object _descriptor_of = _socket.socket.fileno
 cdef object _detach = _socket.socket.detach
 
 
@@ -248,7 +248,7 @@ cdef int handle_more(object server, object loop, object hub, int listener) excep
     for _i in range(MORE):
         if not is_plain(server, loop) or loop.stopping or flag_is_set(server):
             return 0
-        if type(server.socket) is not _plain_socket or <int>_descriptor_of(server.socket) != listener:
+        if type(server.socket) is not _plain_socket or descriptor_of(server.socket) != listener:
             return 0
         if not handle_request(server, hub):
             return 0
@@ -264,7 +264,7 @@ cdef bint handle_request(object server, object hub) except -1:
         elif hub is not None:
             request, client_address = _accept_green(listener)
         else:
-            request, client_address = accept_from(listener, _Connection)
+            request, client_address = accept_from(listener, _accepted)
     except OSError as error:
         if hub is None or type(error) is not BlockingIOError:
             _accept_failed(server, error)

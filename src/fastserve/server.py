@@ -353,7 +353,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         listener = self.socket
         if type(listener) is not socket.socket and tls.is_listener(listener):
             return tls.accept(self, False)
-        return _backend.core.accept(listener, _backend.streams.Connection)
+        return _backend.core.accept(listener, _backend.streams.accepted)
 
     def shutdown_request(self, request: Any) -> None:
         """Shut down the sending side of a connection, so that the client sees its end, and close it."""
