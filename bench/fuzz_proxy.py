@@ -10,16 +10,17 @@ tests, says what has to come out. It ends with status 1 at the first input that 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from proxy_support import SIGNATURE, Said, model, mutated, random_header  # noqa: E402
-
 from fastserve._proxy_protocol import ProxyInfo, ProxyProtocolError, parse  # noqa: E402
+from proxy_support import SIGNATURE, Said, model, mutated, random_header  # noqa: E402
 
 BEGINNINGS = (b"", b"PROXY ", b"PROXY TCP4 ", b"PROXY TCP6 ::1 ", b"PROXY UNKNOWN", SIGNATURE, SIGNATURE + b"\x21\x11")
 LIMITS = (4096, 4096, 4096, 232, 64)
@@ -56,7 +57,17 @@ def receive(data: bytes, limit: int, generator: random.Random) -> tuple[ProxyInf
         taken = min(taken + (number if generator.random() < 0.5 else generator.randint(1, number)), len(data))
 
 
-def check(data: bytes, expected: Said | None, info: ProxyInfo | None, size: int) -> None:
+def outcome(
+    read: Callable[[bytes, int], tuple[ProxyInfo | None, int]], data: bytes, limit: int
+) -> tuple[ProxyInfo | None, int]:
+    """Return what comes of an input."""
+    try:
+        return read(data, limit)
+    except ProxyProtocolError:
+        return None, 0
+
+
+def check(expected: Said | None, info: ProxyInfo | None, size: int) -> None:
     """Compare what the parser says with what the model does. Raises ``Wrong``."""
     found = None if info is None else (size, (info.command, info.source, info.destination, info.tlvs))
     if found != expected:
@@ -78,12 +89,8 @@ def run(inputs: int, seed: int) -> tuple[int, int]:
         expected = model(data, limit)
         headers += expected is not None
         try:
-            for read in (lambda: parse(data, limit), lambda: receive(data, limit, generator)):
-                try:
-                    info, size = read()
-                except ProxyProtocolError:
-                    info, size = None, 0
-                check(data, expected, info, size)
+            check(expected, *outcome(parse, data, limit))
+            check(expected, *outcome(functools.partial(receive, generator=generator), data, limit))
         except Exception as error:
             print(f"input {number}, {data!r}, limit {limit}: {type(error).__name__}: {error}")
             return headers, number

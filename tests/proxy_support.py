@@ -185,11 +185,11 @@ def random_header(random: random.Random) -> bytes:
         return f"PROXY {kind} {hosts[0]} {hosts[1]} {ports[0]} {ports[1]}\r\n".encode()
     tlvs = b""
     while number() < 0.5:
-        kind = random.choice([1, 2, 4, 5, 0x20, 0x30, random.choice([0, 0xE0, 0xFF])])
+        type_ = random.choice([1, 2, 4, 5, 0x20, 0x30, random.choice([0, 0xE0, 0xFF])])
         value = _random_bytes(random, random.choice([0, 1, 5, 20, 128]))
-        if kind == 0x20:
+        if type_ == 0x20:
             value = bytes([random.randrange(8)]) + _random_bytes(random, 4) + tlv(0x21, b"TLSv1.3") + tlv(0x22, value)
-        tlvs += tlv(kind, value)
+        tlvs += tlv(type_, value)
     family = random.choice([TCP4, UDP4, TCP6, UDP6, UNIX_STREAM, UNIX_DGRAM, UNSPEC, 0x10, 0x01, 0x02, 0x30])
     sizes = {1: 12, 2: 36, 3: 216}
     payload = _random_bytes(random, sizes.get(family >> 4, 0))

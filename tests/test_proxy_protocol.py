@@ -378,9 +378,9 @@ def canonical(host: str) -> str:
 def check(data: bytes, sizes: Any = None, limit: int = 4096) -> bool:
     """Compare the parser with the model; return whether there was a header."""
     expected = headers.model(data, limit)
-    for read_it in (lambda: parse(data, limit), lambda: receive(data, sizes, limit)):
+    for at_once in (True, False):
         try:
-            info, size = read_it()
+            info, size = parse(data, limit) if at_once else receive(data, sizes, limit)
         except ProxyProtocolError:
             info = None
         if expected is None:

@@ -308,10 +308,12 @@ def postpone_handshake(request: Any, limit: float | None, before: Callable[[Any]
         request._before_handshake = before
 
 
-def receive_plain(request: ssl.SSLSocket, size: int) -> bytes:
+def receive_plain(request: Any, size: int) -> bytes:
     """Receive at most ``size`` bytes that come before the handshake, and are not for TLS."""
-    receive = _cooperative_plain.recv if isinstance(request, Connection) else socket.socket.recv
-    return receive(request, size)  # type: ignore[no-any-return]
+    receive: Callable[[Any, int], bytes] = (
+        _cooperative_plain.recv if isinstance(request, Connection) else socket.socket.recv
+    )
+    return receive(request, size)
 
 
 def make_cooperative(request: Any) -> None:

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 from fastserve import _backend, tls
 from fastserve import server as _server
 from fastserve._proxy_protocol import DEFAULT_LIMIT, ProxyInfo, ProxyProtocolError, ProxySSL, parse
+from fastserve.workers.greenlets import GreenletMixIn
 
 __all__ = ["ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "ProxySSL", "proxy_info"]
 
@@ -38,7 +39,8 @@ _NETWORKS: Final = (
 _TRUST: Final = "_fastserve_trust"  # the key in the server's __dict__
 _PEERS: Final = 1024  # peers of which it is remembered whether they are trusted
 
-_STDLIB_GET_REQUEST: Final = socketserver.TCPServer.get_request
+# They call the accept() of the listener, and nothing else.
+_ACCEPT: Final = (_server.TCPServer.get_request, socketserver.TCPServer.get_request)
 
 # What the header of a connection said, while there is a reference to the connection.
 _known: Final[WeakKeyDictionary[socket.socket, ProxyInfo]] = WeakKeyDictionary()
@@ -122,13 +124,17 @@ class ProxyProtocolMixIn:
         """
         get_request = super().get_request  # type: ignore[misc]
         listener = self.socket  # type: ignore[attr-defined]
-        if type(listener) is not socket.socket and getattr(get_request, "__func__", None) in (
-            _server.TCPServer.get_request,
-            _STDLIB_GET_REQUEST,
-        ):
-            if tls.is_listener(listener):
+        if type(listener) is socket.socket:
+            return get_request()
+        if tls.is_listener(listener):
+            if _function_of(get_request) in _ACCEPT:
                 return tls.accept(self, False)
-            if _is_tls(listener) and listener.do_handshake_on_connect:
+        elif _is_tls(listener) and listener.do_handshake_on_connect:
+            if _function_of(get_request) is GreenletMixIn.get_request:
+                accept = super(GreenletMixIn, self).get_request  # type: ignore[misc]
+            else:
+                accept = get_request
+            if _function_of(accept) in _ACCEPT:
                 raise RuntimeError(
                     "the header of the PROXY protocol comes before the handshake of TLS: wrap the listener with "
                     "do_handshake_on_connect=False"
@@ -159,6 +165,10 @@ class ProxyProtocolMixIn:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
 
 
+def _function_of(method: Any) -> Any:
+    return getattr(method, "__func__", None)
+
+
 def _client_of(info: ProxyInfo | None, peer: Any) -> Any:
     return peer if info is None or info.source is None else info.source
 
@@ -177,9 +187,7 @@ def _receive_header(server: Any, request: Any, client_address: Any) -> ProxyInfo
     return info
 
 
-def _receive(
-    request: socket.socket, receive: Callable[[int], bytes], limit: int, seconds: float | None
-) -> ProxyInfo:
+def _receive(request: socket.socket, receive: Callable[[int], bytes], limit: int, seconds: float | None) -> ProxyInfo:
     """Receive a header, and not a byte that comes after it."""
     deadline = None if seconds is None else time.monotonic() + seconds
     timeout = request.gettimeout()
