@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # These import dataclasses and ipaddress, which take as long as the rest of this package, and few servers need them.
+    # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
     if name not in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastserve import proxy
