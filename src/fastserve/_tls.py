@@ -308,12 +308,12 @@ def postpone_handshake(request: Any, limit: float | None, before: Callable[[Any]
         request._before_handshake = before
 
 
-def receive_plain(request: Any, size: int) -> bytes:
-    """Receive at most ``size`` bytes that come before the handshake, and are not for TLS."""
-    receive: Callable[[Any, int], bytes] = (
+def receive_plain(request: Any, size: int, flags: int = 0) -> bytes:
+    """Do what ``recv`` of a socket does, with bytes that come before the handshake, and are not for TLS."""
+    receive: Callable[[Any, int, int], bytes] = (
         _cooperative_plain.recv if isinstance(request, Connection) else socket.socket.recv
     )
-    return receive(request, size)
+    return receive(request, size, flags)
 
 
 def make_cooperative(request: Any) -> None:

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 from fastserve import _backend, tls
 from fastserve import server as _server
-from fastserve._proxy_protocol import DEFAULT_LIMIT, ProxyInfo, ProxyProtocolError, ProxySSL, parse
+from fastserve._proxy_protocol import DEFAULT_LIMIT, LONGEST_V1, ProxyInfo, ProxyProtocolError, ProxySSL, parse
 from fastserve.workers.greenlets import GreenletMixIn
 
 __all__ = ["ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "ProxySSL", "proxy_info"]
@@ -35,6 +35,8 @@ _NETWORKS: Final = (
     ipaddress.IPv4Address,
     ipaddress.IPv6Address,
 )
+
+_Receive = Callable[[int, int], bytes]  # socket.recv
 
 _TRUST: Final = "_fastserve_trust"  # the key in the server's __dict__
 _PEERS: Final = 1024  # peers of which it is remembered whether they are trusted
@@ -187,31 +189,39 @@ def _receive_header(server: Any, request: Any, client_address: Any) -> ProxyInfo
     return info
 
 
-def _receive(request: socket.socket, receive: Callable[[int], bytes], limit: int, seconds: float | None) -> ProxyInfo:
+def _receive(request: socket.socket, receive: _Receive, limit: int, seconds: float | None) -> ProxyInfo:
     """Receive a header, and not a byte that comes after it."""
     deadline = None if seconds is None else time.monotonic() + seconds
     timeout = request.gettimeout()
-    data = b""
+
+    def take(number: int, flags: int = 0) -> bytes:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError("timed out")
+        request.settimeout(left)
+        received = receive(number, flags)
+        if not received:
+            raise ProxyProtocolError("the connection has ended before its header")
+        return received
+
     try:
+        # Mostly all of it has come. To look again would not wait for the rest: that is taken piece by piece.
+        info, size = parse(take(max(limit, LONGEST_V1), socket.MSG_PEEK), limit)
+        data = b"" if info is None else take(size)
+        if info is not None and len(data) == size:
+            return info
         while True:
             info, missing = parse(data, limit)
             if info is not None:
                 return info
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError("timed out")
-            request.settimeout(left)
-            received = receive(missing)
-            if not received:
-                raise ProxyProtocolError("the connection has ended before its header")
-            data += received
+            data += take(missing)
     finally:
         # Not request.fileno(): in a greenlet that is for those who write to the descriptor themselves.
         if socket.socket.fileno(request) >= 0:
             request.settimeout(timeout)
 
 
-def _receiver_of(request: Any) -> Callable[[int], bytes]:
+def _receiver_of(request: Any) -> _Receive:
     """Return what receives bytes of a connection, past TLS if there is any."""
     if not isinstance(request, socket.socket):
         raise TypeError(f"the header of the PROXY protocol is read from a socket.socket, not from {request!r}")
