@@ -8,6 +8,8 @@ import json
 import socket
 import socketserver
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -23,6 +25,7 @@ from support import LIMIT, open_descriptors, serving, wait_until
 pytest.importorskip("trustme")
 
 from test_proxy_servers import ADDRESS, FORKING, WORKERS, Failures, class_of, rest_of  # noqa: E402
+from test_proxy_servers import Tell as Plain  # noqa: E402
 from tls_support import NAME, client_context, end, server_context, wrapped  # noqa: E402
 
 
@@ -150,6 +153,37 @@ def test_http_server_has_it_with_tls_too(impl: str, mixin: str) -> None:
 def test_the_servers_of_the_stdlib_have_it_with_tls_too(module: ModuleType, name: str) -> None:
     with serving(server_of("", base=getattr(module, name)), 0.01) as server:
         assert ask(server, V1)["client"] == list(V1_CLIENT)
+
+
+@pytest.mark.parametrize("threading", ["thread", *(["greenlet"] if "Greenlet" in WORKERS else [])])
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_servers_of_the_stdlib_have_it_under_the_patch_too(impl: str, threading: Any, secure: bool) -> None:
+    cls = class_of("", socketserver.ThreadingTCPServer)
+    with fastserve.patched(threading):
+        with serving(wrapped(cls(ADDRESS, Tell)) if secure else cls(ADDRESS, Plain)) as server:
+            for _ in range(2):
+                with contextlib.ExitStack() as stack:
+                    for _ in range(3):
+                        stack.enter_context(plain_client(server)).sendall(V1[:20])
+                    if secure:
+                        assert ask(server, V2)["client"] == list(V1_CLIENT)
+                    else:
+                        client = stack.enter_context(plain_client(server))
+                        client.sendall(V2 + b"hello")
+                        client.shutdown(socket.SHUT_WR)
+                        assert json.loads(rest_of(client))["client"] == list(V1_CLIENT)
+
+
+def test_what_was_imported_under_the_patch_works_without_it() -> None:
+    program = """
+import socketserver, fastserve
+fastserve.patch()
+import fastserve.proxy
+fastserve.unpatch()
+assert socketserver.TCPServer.get_request in fastserve.proxy._ACCEPT
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_listener_that_leaves_the_handshake_to_the_handler_has_the_header_read_first(any_worker: str) -> None:

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from fastserve import _backend, tls
 from fastserve import server as _server
 from fastserve._proxy_protocol import DEFAULT_LIMIT, LONGEST_V1, ProxyInfo, ProxyProtocolError, ProxySSL, parse
-from fastserve.workers.greenlets import GreenletMixIn
+from fastserve.workers.greenlets import _STDLIB_GET_REQUEST, GreenletMixIn
 
 __all__ = ["ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "ProxySSL", "proxy_info"]
 
@@ -42,7 +42,7 @@ _TRUST: Final = "_fastserve_trust"  # the key in the server's __dict__
 _PEERS: Final = 1024  # peers of which it is remembered whether they are trusted
 
 # They call the accept() of the listener, and nothing else.
-_ACCEPT: Final = (_server.TCPServer.get_request, socketserver.TCPServer.get_request)
+_ACCEPT: Final = (_server.TCPServer.get_request, _STDLIB_GET_REQUEST)
 
 # What the header of a connection said, while there is a reference to the connection.
 _known: Final[WeakKeyDictionary[socket.socket, ProxyInfo]] = WeakKeyDictionary()
