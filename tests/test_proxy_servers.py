@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import importlib.util
+import inspect
 import ipaddress
 import json
 import os
@@ -393,6 +394,18 @@ def test_a_request_that_is_no_socket_is_refused_with_an_error(impl: str, capfd: 
     with Server(ADDRESS, Tell) as server, client_of(server):
         server.handle_request()
     assert "TypeError: the header of the PROXY protocol is read from a socket.socket" in capfd.readouterr().err
+
+
+def test_the_loop_runs_in_c_as_without_the_mix_in(impl: str) -> None:
+    seen: list[str] = []
+
+    class Handler(Tell):
+        def setup(self) -> None:
+            seen.extend(frame.function for frame in inspect.stack(0))
+
+    with serving(server_of("", Handler)) as server:
+        assert ask(server, V1)
+    assert ("_handle_request_noblock" in seen) is (impl == "py")
 
 
 def test_errors_of_accept_are_those_of_the_servers_own_get_request() -> None:

@@ -73,7 +73,8 @@ class ProxyProtocolMixIn:
     :cvar trusted_proxies: networks and addresses from which connections are taken, as strings or objects of
         :mod:`ipaddress`; ``("127.0.0.0/8", "::1/128")`` by default, this machine alone. Whoever connects to a Unix
         socket is trusted: the permissions of its path say who may.
-    :cvar proxy_header_timeout: seconds in which the whole header has to come, 5 by default; ``None`` is endless.
+    :cvar proxy_header_timeout: seconds in which the whole header has to come, from when the worker has the connection;
+        5 by default, ``None`` is endless.
     :cvar proxy_header_limit: bytes that a header of version 2 may have, its 16 fixed ones included, 4096 by default.
         Version 1 has its own limit, 107.
     """
