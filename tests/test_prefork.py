@@ -385,3 +385,49 @@ def test_serve_forever_after_shutdown_returns_at_once_without_workers(monkeypatc
         monkeypatch.setattr(os, "fork", fork)
         server.shutdown()
         server.serve_forever()
+
+
+def test_only_what_a_killed_worker_handles_fails(impl: str, tmp_path: Path, seconds: float = 5.0) -> None:
+    """Kill a worker every 0.2 seconds, while clients send request after request."""
+    with program(tmp_path, impl, "ThreadingTCPServer", workers=3) as server:
+        parent = server.process.pid
+        before = len(os.listdir(f"/proc/{parent}/fd"))
+        ended = threading.Event()
+        answers: list[str] = []
+        failed: list[str] = []
+
+        def ask() -> None:
+            while not ended.is_set():
+                try:
+                    with server.connect() as client:
+                        pid = exchange(client, "pid")
+                        answers.append(pid) if pid.isdigit() else failed.append("no answer")
+                except ConnectionError as error:
+                    failed.append(type(error).__name__)
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        kills = 0
+        try:
+            begun = time.monotonic()
+            while time.monotonic() - begun < seconds:
+                wait_until(lambda: len(server.started()) == 3 + kills and len(server.workers()) == 3)  # noqa: B023
+                os.kill(server.workers()[kills % 3], signal.SIGKILL)
+                kills += 1
+                time.sleep(0.2)
+            wait_until(lambda: len(server.started()) == 3 + kills and len(server.workers()) == 3)
+        finally:
+            ended.set()
+            for client in clients:
+                client.join()
+        # A worker has at most one request of each client.
+        assert len(failed) <= 4 * kills, (failed, kills)
+        assert len(answers) > 10 * kills
+        assert server.errors().count("another one takes its place") == kills
+        wait_until(lambda: len(os.listdir(f"/proc/{parent}/fd")) == before)
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        assert sorted(map(int, children)) == sorted(server.workers())
+        server.send(signal.SIGTERM)
+        assert server.ended() == 0
+        print(f"{len(answers)} answers, {len(failed)} failed, {kills} kills")
