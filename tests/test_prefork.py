@@ -108,6 +108,7 @@ def program(tmp_path: Path, impl: str, name: str, **options: Any) -> Iterator[Pr
     options.setdefault("workers", 2)
     errors = tmp_path / "errors.txt"
     with errors.open("w") as file:
+        waits = options.pop("waits", True)
         process = subprocess.Popen(
             [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", str(PROGRAM), name, json.dumps(options)],
             stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
@@ -116,7 +117,8 @@ def program(tmp_path: Path, impl: str, name: str, **options: Any) -> Iterator[Pr
         found: Program | None = None
         try:
             found = Program(process, errors)
-            wait_until(lambda: len(found.started()) >= options["workers"] or options.get("fails_while"))
+            if waits and not options.get("fails_while"):
+                wait_until(lambda: len(found.started()) >= options["workers"])
             yield found
         finally:
             process.kill()
@@ -431,3 +433,35 @@ def test_only_what_a_killed_worker_handles_fails(impl: str, tmp_path: Path, seco
         server.send(signal.SIGTERM)
         assert server.ended() == 0
         print(f"{len(answers)} answers, {len(failed)} failed, {kills} kills")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_worker_that_gets_sigterm_ends_what_runs_and_is_replaced(impl: str, name: str, tmp_path: Path) -> None:
+    with program(tmp_path, impl, name, workers=1) as server, server.connect() as client:
+        (pid,) = server.workers()
+        client.sendall(b"sleep 1\n")
+        time.sleep(0.3)  # it has begun then
+        os.kill(pid, signal.SIGTERM)
+        with client.makefile("rb") as file:
+            assert file.readline() == b"done\n"
+        client.close()
+        wait_until(lambda: len(server.started()) == 2 and server.workers() == server.started()[1:])
+        assert server.ask().isdigit()
+        assert "ended with status 0; another one takes its place" in server.errors()
+
+
+def test_sigterm_may_come_before_the_workers_are_ready(impl: str, tmp_path: Path) -> None:
+    for number in range(10):
+        with program(tmp_path, impl, "ThreadingTCPServer", waits=False, graceful_timeout=LIMIT) as server:
+            time.sleep(0.002 * number)
+            server.send(signal.SIGTERM)
+            assert server.process.wait(LIMIT / 2) in (0, -signal.SIGTERM)  # before serve_forever() nobody handles it
+
+
+def test_a_unix_socket_is_shared() -> None:
+    class Server(fastserve.PreforkMixIn, fastserve.UnixStreamServer):
+        reuse_port = True
+
+    with Server("\0fastserve-test-%d" % os.getpid(), fastserve.BaseRequestHandler) as server:  # noqa: UP031
+        with pytest.raises(ValueError, match="reuse_port is for IPv4 and IPv6 addresses"):
+            server.serve_forever()

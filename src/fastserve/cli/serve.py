@@ -145,7 +145,7 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "max_workers": args.max_workers,
         "max_connections": args.max_connections,
     }
-    bases = (base,)
+    bases: tuple[type, ...] = (base,)
     if args.workers:
         bases = (fastserve.PreforkMixIn, base)
         attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}

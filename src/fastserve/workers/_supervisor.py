@@ -54,6 +54,7 @@ class Supervisor:
         self.server = server
         self.workers: dict[int, Worker] = {}  # by process id
         self._serve = serve
+        self._pid = os.getpid()
         self._poll_interval = poll_interval
         self._loop = Loop(server)
         self._count = _worker.count_of(server)
@@ -121,21 +122,30 @@ class Supervisor:
                 starting = True
 
     def _start(self, place: int, replaces: Worker | None) -> None:
-        ours, theirs = socket.socketpair()
         try:
-            ours.setblocking(False)
-            _flush()
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            self._failed(f"cannot start a worker: {error}")
+            return
+        ours.setblocking(False)
+        _flush()
+        # A signal must not come to the worker before it has its own handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _worker.SIGNALS)
+        try:
             pid = os.fork()
         except OSError as error:
             ours.close()
             theirs.close()
             self._failed(f"cannot start a worker: {error}")
             return
+        finally:
+            if os.getpid() == self._pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if pid == 0:
             # An end of the parent that is open anywhere would keep a worker from seeing that its parent is gone.
             parents = [ours, *(worker.control for worker in self.workers.values())]
             _worker.run(
-                self.server, self._serve, self._poll_interval, theirs, place, self._listeners, self._loop, parents
+                self.server, self._serve, self._poll_interval, theirs, place, self._listeners, self._loop, parents, mask
             )
         theirs.close()
         worker = Worker(pid, place, ours, replaces)

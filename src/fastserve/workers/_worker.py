@@ -23,6 +23,8 @@ READY: Final = b"r"  # its loop waits for requests
 RETIRES: Final = b"m"  # it has handled max_requests
 SHUT_DOWN: Final = b"s"  # a handler has called shutdown()
 
+SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # that a worker handles in its own way
+
 SHUTDOWN_FLAG: Final = "_BaseServer__shutdown_request"
 
 
@@ -37,9 +39,14 @@ def count_of(server: Any) -> int:
 
 
 def listeners(server: Any, count: int) -> list[Any]:
-    """Return a listener for each worker if they do not share one: the first is the server's, the others are made."""
+    """Return a listener for each worker if they do not share one: the first is the server's, the others are made.
+
+    Raises ``ValueError`` where they must share one, ``OSError`` if the address cannot be had once more.
+    """
     if not server.reuse_port:
         return []
+    if server.address_family not in (socket.AF_INET, socket.AF_INET6):
+        raise ValueError("reuse_port is for IPv4 and IPv6 addresses")
     made = [server.socket]
     try:
         for _ in range(1, count):
@@ -127,6 +134,7 @@ def run(
     made: list[Any],
     parents_loop: Loop,
     parents: list[socket.socket],
+    mask: set[int],
 ) -> NoReturn:
     """Serve in a forked child, and end the process: with status 0 when it was to end, 1 after an error.
 
@@ -135,6 +143,7 @@ def run(
     :param place: which of the workers it is, from 0.
     :param made: a listener for each place, or none where they share one.
     :param parents: ends of such pairs that are the parent's.
+    :param mask: the signals that the parent blocks; :data:`SIGNALS` are blocked too, until the worker handles them.
     """
     status = 1
     try:
@@ -146,6 +155,7 @@ def run(
         signal.signal(signal.SIGTERM, child.on_signal)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         state = State.of(server)
         state.loops.clear()
         state.opened = child.opened
