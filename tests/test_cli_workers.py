@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -67,3 +68,13 @@ def test_grace_is_how_long_requests_may_take(here: Path) -> None:  # noqa: F811
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
         assert server.stderr is not None and "has not ended in time, and is killed" in server.stderr.read()
+
+
+def test_log_level_tells_of_requests(here: Path) -> None:  # noqa: F811
+    with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--workers", "1", "--log-level", "info") as server:
+        assert answers(address_of(server))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert server.stderr is not None
+        (line,) = server.stderr.read().splitlines()
+        assert re.fullmatch(r"[-0-9]+ [0-9:,]+ \d+ INFO 127\.0\.0\.1:\d+ ok \d\.\d{6} s", line)

@@ -19,6 +19,7 @@ from time import monotonic as time  # noqa: F401
 from fastserve._backend import implementation
 from fastserve._version import __version__
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
@@ -39,6 +40,7 @@ __extensions__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LoggingMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -60,6 +62,7 @@ __all__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LoggingMixIn",
     "StreamRequestHandler",
     "TCPServer",
     "ThreadPoolMixIn",

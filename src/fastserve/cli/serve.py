@@ -21,6 +21,8 @@ DEFAULT_REQUEST_QUEUE_SIZE: Final = 128
 
 DEFAULT_GRACE: Final = 30  # seconds
 
+LOG_FORMAT: Final = "%(asctime)s %(process)d %(levelname)s %(message)s"
+
 EPILOG: Final = """\
 The first line on standard output tells the address, in the form that --bind takes.
 
@@ -64,6 +66,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--workers", metavar="N", type=positive, help=help)
     help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
     parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
+    help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
+        for each request; debug, also clients that have gone (default: only what handlers raise, as tracebacks)"
+    parser.add_argument("--log-level", choices=("error", "info", "debug"), help=help)
     help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
         system may have a lower limit)"
     parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
@@ -146,8 +151,12 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "max_connections": args.max_connections,
     }
     bases: tuple[type, ...] = (base,)
+    if args.log_level:
+        logging = importlib.import_module("logging")
+        logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
+        bases = (fastserve.LoggingMixIn, *bases)
     if args.workers:
-        bases = (fastserve.PreforkMixIn, base)
+        bases = (fastserve.PreforkMixIn, *bases)
         attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}
     server: fastserve.TCPServer = type(base.__name__, bases, attributes)(address, handler)
     return server
