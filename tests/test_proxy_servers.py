@@ -8,11 +8,13 @@ import importlib.util
 import inspect
 import ipaddress
 import json
+import logging
 import os
 import shutil
 import socket
 import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -374,6 +376,59 @@ def test_a_server_of_datagrams_is_refused(module: ModuleType, name: str, tmp_pat
     with pytest.raises(TypeError, match="datagrams"):
         cls(str(tmp_path / "socket") if "Unix" in name else ADDRESS, Tell)
     assert open_descriptors() == before
+
+
+def test_a_log_has_the_addresses_of_the_clients(worker: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Handler(Tell):
+        def finish(self) -> None:
+            if self.request.gettimeout() is None and self.client_address[1] == 2:
+                raise ValueError("an error of a handler")
+
+    base = type("Base", (fastserve.LoggingMixIn, getattr(fastserve, f"{worker}TCPServer")), {})
+    ended: list[Any] = []
+
+    class Server(class_of("", base)):  # type: ignore[misc]
+        def shutdown_request(self, request: Any) -> None:
+            super().shutdown_request(request)
+            ended.append(request)
+
+    with caplog.at_level(logging.INFO, "fastserve"), serving(Server(ADDRESS, Handler)) as server:
+        for sent in (V1, b"no header", ipv6(("2001:db8::7", 2), ("::1", 1))):
+            ask(server, sent)
+        wait_until(lambda: len(ended) == 3)
+    lines = [record.getMessage() for record in caplog.records if record.name == "fastserve"]
+    assert [line.split()[:2] for line in lines if " of " not in line] == [
+        ["192.0.2.7:56324", "ok"],
+        ["[2001:db8::7]:2", "ValueError"],
+    ]
+    assert "request of [2001:db8::7]:2" in lines
+
+
+@pytest.mark.skipif(not FORKING, reason="no fork here")
+def test_the_processes_of_prefork_read_headers() -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import fastserve, json, socket, threading
+from test_proxy_servers import ADDRESS, V1, V1_CLIENT, Tell, ask
+
+class Server(fastserve.ProxyProtocolMixIn, fastserve.PreforkMixIn, fastserve.ThreadingTCPServer):
+    workers = 2
+
+server = Server(ADDRESS, Tell)
+serving = threading.Thread(target=server.serve_forever)
+serving.start()
+try:
+    for _ in range(10):
+        assert ask(server, V1, b"hello")["client"] == list(V1_CLIENT)
+        assert ask(server, b"no header") is None
+finally:
+    server.shutdown()
+    serving.join()
+    server.server_close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_request_that_is_no_socket_is_refused_with_an_error(impl: str, capfd: pytest.CaptureFixture[str]) -> None:

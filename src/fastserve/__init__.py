@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastserve._backend import implementation
 from fastserve._version import __version__
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
@@ -53,6 +54,7 @@ __extensions__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
@@ -78,6 +80,7 @@ __all__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
@@ -104,8 +107,10 @@ __all__ = [
 
 if hasattr(os, "fork"):
     from fastserve.workers.forking import ForkingMixIn, ForkingTCPServer, ForkingUDPServer
+    from fastserve.workers.prefork import PreforkMixIn
 
-    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer"]
+    __extensions__ += ["PreforkMixIn"]
+    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer", "PreforkMixIn"]
 
 if hasattr(socket, "AF_UNIX"):
     from fastserve.server import UnixDatagramServer, UnixStreamServer

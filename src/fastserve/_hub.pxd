@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from fastserve._queues cimport Heap, Ring, Timer
 from fastserve._syscalls cimport epoll_event
 
 cdef extern from "_hub.h" nogil:
@@ -23,11 +24,11 @@ cdef enum:
     MAX_EVENTS = 256  # events taken from the kernel at a time
     SCRATCH = 262144  # bytes received at a time
     CORK = 65536  # bytes of replies gathered while requests are left to read
-    # What a greenlet may do until it is the turn of others: 64 calls of the kernel that succeed, or 1,024 reads of what
-    # was received already, or a quarter of a MiB received.
-    BUDGET = 1024
-    CALL = 16
-    PER_UNIT = 256  # bytes received
+    # What a greenlet may do until it is the turn of others: 32 calls of the kernel that succeed, or 256 reads of what
+    # was received already, or 128 KiB received; some 0.3 ms.
+    BUDGET = 256
+    CALL = 8
+    PER_UNIT = 512  # bytes received
 
 
 # What the hub knows of a descriptor. It belongs to a connection until that is closed; the generation tells an event of
@@ -52,8 +53,7 @@ cdef class Task:
     cdef Hub hub
     cdef object function, arguments
     cdef double deadline  # of the wait, INFINITY without one
-    cdef Py_ssize_t place  # in the heap of timers, -1 outside
-    cdef double heap_deadline
+    cdef Timer timer  # in the heap, of a wait or of an earlier one
     cdef bint begun, woken, queued, timed_out, ending
     cdef readonly bint killed
 
@@ -68,10 +68,9 @@ cdef class Hub:
     cdef Task current
     cdef Task urgent  # who is to go on before all others
     cdef Task beginning  # who the root is to switch to
-    cdef void **ready  # a ring of Tasks, references
-    cdef size_t ready_room, ready_head, ready_count, ready_in_turn
-    cdef void **timers  # a heap of Tasks, references
-    cdef Py_ssize_t timer_count, timer_room
+    cdef Ring ready  # Tasks, references
+    cdef size_t ready_in_turn
+    cdef Heap timers  # of Tasks, references
     cdef list pool, root_ready
     cdef dict tasks  # by greenlet
     cdef set root_fds, muted
@@ -112,8 +111,6 @@ cdef class Hub:
     cdef int wake_task(self, Task task) except -1
     cdef Task pop_ready(self)
     cdef int set_timer(self, Task task) except -1
-    cdef void sift_up(self, Py_ssize_t i)
-    cdef void sift_down(self, Py_ssize_t i)
     cdef void drop_top(self)
     cdef int fire_timers(self) except -1
     cdef int take_posted(self) except -1

@@ -11,7 +11,7 @@ from collections import deque as _deque
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, PyObject
 from libc.errno cimport EAGAIN, EEXIST, EINTR
 from libc.math cimport INFINITY, ceil
@@ -21,6 +21,7 @@ from libc.string cimport memset
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
+from fastserve._queues cimport heap_put, heap_put_off, heap_take, ring_put, ring_take, timer_init
 from fastserve._sockets cimport descriptor_of, family_of, timeout_of, type_of
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, MSG_DONTWAIT, close_descriptor, epoll_event, fs_epoll_create, fs_epoll_wait, fs_send,
@@ -87,8 +88,8 @@ cdef class Task:
 
     def __cinit__(self, Hub hub):
         self.hub = hub
-        self.deadline = self.heap_deadline = INFINITY
-        self.place = -1
+        self.deadline = INFINITY
+        timer_init(&self.timer, <void *>self)
 
     def __call__(self):
         """Run requests, one after the other: the greenlet's life."""
@@ -170,13 +171,13 @@ cdef class Hub:
             Py_XDECREF(<PyObject *>self.slots[i].reader)
             Py_XDECREF(<PyObject *>self.slots[i].writer)
             Py_XDECREF(<PyObject *>self.slots[i].others)
-        while self.ready_count:
-            Py_DECREF(self.pop_ready())
-        while self.timer_count:
+        while self.ready.count:
+            self.pop_ready()
+        while self.timers.count:
             self.drop_top()
         PyMem_Free(self.slots)
-        PyMem_Free(self.ready)
-        PyMem_Free(self.timers)
+        PyMem_Free(self.ready.items)
+        PyMem_Free(self.timers.items)
         free(self.scratch)
         free(self.cork)
 
@@ -564,7 +565,7 @@ cdef class Hub:
         me.timed_out = False
         if deadline != INFINITY:
             me.deadline = deadline
-            if deadline < me.heap_deadline:
+            if deadline < me.timer.deadline:
                 self.set_timer(me)
         try:
             self.park_task(me)
@@ -653,7 +654,7 @@ cdef class Hub:
             # Those that are ready without an event have their turn once between two looks at the kernel's.
             if self.collect() < 0:
                 return self.root
-            self.ready_in_turn = self.ready_count
+            self.ready_in_turn = self.ready.count
 
     cdef Task dispatch(self, epoll_event *event):
         """Take note of an event; return the task that it wakes, ``None`` if there is none."""
@@ -717,10 +718,10 @@ cdef class Hub:
         cdef int milliseconds = -1
         cdef int count
         cdef double left
-        if self.ready_count or self.notified:
+        if self.ready.count or self.notified:
             milliseconds = 0
-        elif self.timer_count:
-            left = (<Task>self.timers[0]).heap_deadline - now()
+        elif self.timers.count:
+            left = self.timers.items[0].deadline - now()
             milliseconds = 0 if left <= 0.0 else <int>ceil(left * 1000.0)
         self.progress += 1
         self.idle = True
@@ -739,7 +740,7 @@ cdef class Hub:
             PyErr_CheckSignals()
             if self.notified:
                 self.take_posted()
-            if self.timer_count:
+            if self.timers.count:
                 self.fire_timers()
         except BaseException as error:
             # Whoever happens to wait has nothing to do with it: it is the root's, as in a server without greenlets.
@@ -756,109 +757,40 @@ cdef class Hub:
             self.wake_task(self.posted.popleft())
         return 0
 
-    # The ring of those that are ready.
+    # Those that are ready, and those with a deadline. A task has one timer, which stays when its wait is over.
 
     cdef int wake_task(self, Task task) except -1:
-        cdef void **grown
-        cdef size_t i, room
         if task.queued:
             return 0
-        if self.ready_count == self.ready_room:
-            room = max(self.ready_room * 2, <size_t>64)
-            grown = <void **>PyMem_Malloc(room * sizeof(void *))
-            if grown == NULL:
-                raise MemoryError()
-            for i in range(self.ready_count):
-                grown[i] = self.ready[(self.ready_head + i) & (self.ready_room - 1)]
-            PyMem_Free(self.ready)
-            self.ready = grown
-            self.ready_room = room
-            self.ready_head = 0
+        if ring_put(&self.ready, <void *>task) < 0:
+            raise MemoryError()
         Py_INCREF(task)
-        self.ready[(self.ready_head + self.ready_count) & (self.ready_room - 1)] = <void *>task
-        self.ready_count += 1
         task.queued = True
         return 0
 
     cdef Task pop_ready(self):
-        cdef Task task = <Task>self.ready[self.ready_head]
-        self.ready_head = (self.ready_head + 1) & (self.ready_room - 1)
-        self.ready_count -= 1
+        cdef Task task = <Task>ring_take(&self.ready)
         Py_DECREF(task)
         task.queued = False
         return task
 
-    # The heap of timers. A task has one place in it at most, and keeps it when its wait is over.
-
     cdef int set_timer(self, Task task) except -1:
-        cdef void **grown
-        if task.place < 0:
-            if self.timer_count == self.timer_room:
-                grown = <void **>PyMem_Realloc(self.timers, (self.timer_room * 2 + 64) * sizeof(void *))
-                if grown == NULL:
-                    raise MemoryError()
-                self.timers = grown
-                self.timer_room = self.timer_room * 2 + 64
+        cdef bint is_new = task.timer.place < 0
+        if heap_put(&self.timers, &task.timer, task.deadline) < 0:
+            raise MemoryError()
+        if is_new:
             Py_INCREF(task)
-            self.timers[self.timer_count] = <void *>task
-            task.place = self.timer_count
-            self.timer_count += 1
-        task.heap_deadline = task.deadline
-        self.sift_up(task.place)
         return 0
 
-    cdef void sift_up(self, Py_ssize_t i):
-        cdef void *moved = self.timers[i]
-        cdef double deadline = (<Task>moved).heap_deadline
-        cdef Py_ssize_t above
-        while i > 0:
-            above = (i - 1) >> 1
-            if (<Task>self.timers[above]).heap_deadline <= deadline:
-                break
-            self.timers[i] = self.timers[above]
-            (<Task>self.timers[i]).place = i
-            i = above
-        self.timers[i] = moved
-        (<Task>moved).place = i
-
-    cdef void sift_down(self, Py_ssize_t i):
-        cdef void *moved = self.timers[i]
-        cdef double deadline = (<Task>moved).heap_deadline
-        cdef Py_ssize_t below
-        while True:
-            below = 2 * i + 1
-            if below >= self.timer_count:
-                break
-            if (
-                below + 1 < self.timer_count
-                and (<Task>self.timers[below + 1]).heap_deadline < (<Task>self.timers[below]).heap_deadline
-            ):
-                below += 1
-            if deadline <= (<Task>self.timers[below]).heap_deadline:
-                break
-            self.timers[i] = self.timers[below]
-            (<Task>self.timers[i]).place = i
-            i = below
-        self.timers[i] = moved
-        (<Task>moved).place = i
-
     cdef void drop_top(self):
-        cdef Task task = <Task>self.timers[0]
-        self.timer_count -= 1
-        if self.timer_count:
-            self.timers[0] = self.timers[self.timer_count]
-            (<Task>self.timers[0]).place = 0
-            self.sift_down(0)
-        task.place = -1
-        task.heap_deadline = INFINITY
-        Py_DECREF(task)
+        Py_DECREF(<Task>heap_take(&self.timers))
 
     cdef int fire_timers(self) except -1:
-        """Wake the tasks whose deadline has passed; find those a new place that have a later one by now."""
+        """Wake the tasks whose deadline has passed; put those off that have a later one by now."""
         cdef double moment = now()
         cdef Task task
-        while self.timer_count and (<Task>self.timers[0]).heap_deadline <= moment:
-            task = <Task>self.timers[0]
+        while self.timers.count and self.timers.items[0].deadline <= moment:
+            task = <Task>self.timers.items[0].owner
             if task.deadline <= moment:
                 self.drop_top()
                 if not task.queued:  # else what it waited for has come in time
@@ -867,8 +799,7 @@ cdef class Hub:
             elif task.deadline == INFINITY:
                 self.drop_top()
             else:
-                task.heap_deadline = task.deadline
-                self.sift_down(0)
+                heap_put_off(&self.timers, task.deadline)
         return 0
 
     # Replies that are gathered while there are requests left to read.

@@ -62,7 +62,7 @@ def proxy_info(request: object) -> ProxyInfo | None:
 class ProxyProtocolMixIn:
     """Read the header of the PROXY protocol: ``class Server(ProxyProtocolMixIn, ThreadingMixIn, TCPServer)``.
 
-    It is named before the worker model and the server, any of fastserve's or the stdlib's. The ``client_address`` of a
+    It is named before other mix-ins and the server, any of fastserve's or the stdlib's. The ``client_address`` of a
     handler is that of the client, as the header tells it. ``verify_request``, ``process_request`` and whatever else
     comes before the handler has the address of the proxy. A header that names no addresses, such as that of a health
     check, leaves the address of the proxy.
