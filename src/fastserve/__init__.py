@@ -19,6 +19,7 @@ from time import monotonic as time  # noqa: F401
 from fastserve._backend import implementation
 from fastserve._version import __version__
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.limits import LimitsMixIn
 from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
@@ -40,6 +41,7 @@ __extensions__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LimitsMixIn",
     "LoggingMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
@@ -62,6 +64,7 @@ __all__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LimitsMixIn",
     "LoggingMixIn",
     "StreamRequestHandler",
     "TCPServer",

@@ -66,6 +66,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--workers", metavar="N", type=positive, help=help)
     help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
     parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
+    help = "connections at a time from one address; further ones are closed (default: no limit)"
+    parser.add_argument("--max-connections-per-client", metavar="N", type=positive, help=help)
+    help = "seconds that a handler has; its connection is shut down then (default: no limit)"
+    parser.add_argument("--request-timeout", metavar="SECONDS", type=positive, help=help)
+    help = "seconds that a client may take for each read and write (default: no limit)"
+    parser.add_argument("--idle-timeout", metavar="SECONDS", type=positive, help=help)
     help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
         for each request; debug, also clients that have gone (default: only what handlers raise, as tracebacks)"
     parser.add_argument("--log-level", choices=("error", "info", "debug"), help=help)
@@ -93,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
         (args.max_connections and args.worker != "greenlet", "--max-connections is for --worker greenlet"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
         (args.workers and not hasattr(os, "fork"), "--workers: this system has no fork"),
+        (args.udp and args.max_connections_per_client, "--max-connections-per-client is not for --udp"),
+        (args.udp and args.request_timeout, "--request-timeout is not for --udp"),
+        (args.udp and args.idle_timeout, "--idle-timeout is not for --udp"),
         (args.grace and not args.workers, "--grace is for --workers"),
     ):
         if wrong:
@@ -151,6 +160,10 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "max_connections": args.max_connections,
     }
     bases: tuple[type, ...] = (base,)
+    limits = {name: getattr(args, name) for name in ("max_connections_per_client", "request_timeout", "idle_timeout")}
+    if any(limits.values()):
+        bases = (fastserve.LimitsMixIn, *bases)
+        attributes |= limits
     if args.log_level:
         logging = importlib.import_module("logging")
         logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
