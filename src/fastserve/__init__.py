@@ -15,6 +15,7 @@ import sys as sys
 import threading as threading
 from io import BufferedIOBase as BufferedIOBase
 from time import monotonic as time  # noqa: F401
+from typing import TYPE_CHECKING, Any
 
 from fastserve._backend import implementation
 from fastserve._version import __version__
@@ -36,6 +37,19 @@ from fastserve.workers.threads import (
     _Threads,  # noqa: F401
 )
 
+if TYPE_CHECKING:
+    from fastserve.proxy import ProxyInfo, ProxyProtocolError, ProxyProtocolMixIn, proxy_info
+
+
+def __getattr__(name: str) -> Any:
+    # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
+    if name not in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastserve import proxy
+
+    return getattr(proxy, name)
+
+
 # What fastserve has beyond socketserver.
 __extensions__ = [
     "GreenletMixIn",
@@ -43,6 +57,9 @@ __extensions__ = [
     "GreenletUDPServer",
     "LimitsMixIn",
     "LoggingMixIn",
+    "ProxyInfo",
+    "ProxyProtocolError",
+    "ProxyProtocolMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -51,6 +68,7 @@ __extensions__ = [
     "implementation",
     "patch",
     "patched",
+    "proxy_info",
     "sleep",
     "spawn",
     "to_thread",
@@ -66,6 +84,9 @@ __all__ = [
     "GreenletUDPServer",
     "LimitsMixIn",
     "LoggingMixIn",
+    "ProxyInfo",
+    "ProxyProtocolError",
+    "ProxyProtocolMixIn",
     "StreamRequestHandler",
     "TCPServer",
     "ThreadPoolMixIn",
@@ -80,6 +101,7 @@ __all__ = [
     "implementation",
     "patch",
     "patched",
+    "proxy_info",
     "sleep",
     "spawn",
     "to_thread",

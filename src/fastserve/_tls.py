@@ -270,8 +270,12 @@ class _Unfinished(ssl.SSLSocket):
         self.do_handshake(block)  # that of the other class, which it has from now on
 
     def _finish(self) -> float | None:
+        """Become what it is to be, and return how many seconds the handshake may take, which is next."""
         self.__class__ = self._finished
         limit: float | None = vars(self).pop("_handshake_timeout", None)
+        before = vars(self).pop("_before_handshake", None)
+        if before is not None:
+            before(self)
         return limit
 
     def finish_handshake(self) -> None:
@@ -293,10 +297,23 @@ class _UnfinishedCooperative(_Unfinished, Connection):
 tls.unfinished.update((_Unfinished, _UnfinishedCooperative))
 
 
-def postpone_handshake(request: Any, limit: float | None) -> None:
-    """Let the handshake of a connection be done later, within ``limit`` seconds (``None``: endless)."""
+def postpone_handshake(request: Any, limit: float | None, before: Callable[[Any], object] | None = None) -> None:
+    """Let the handshake of a connection be done later, within ``limit`` seconds (``None``: endless).
+
+    :param before: called with the connection when the handshake is next.
+    """
     request.__class__ = _UnfinishedCooperative if type(request) is Connection else _Unfinished
     request._handshake_timeout = limit
+    if before is not None:
+        request._before_handshake = before
+
+
+def receive_plain(request: Any, size: int, flags: int = 0) -> bytes:
+    """Do what ``recv`` of a socket does, with bytes that come before the handshake, and are not for TLS."""
+    receive: Callable[[Any, int, int], bytes] = (
+        _cooperative_plain.recv if isinstance(request, Connection) else socket.socket.recv
+    )
+    return receive(request, size, flags)
 
 
 def make_cooperative(request: Any) -> None:

@@ -428,6 +428,9 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
 _OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
 
+# Those of mix-ins that call the next one wherever its errors are those of accept(2).
+passing_get_requests: Final[set[Callable[..., Any]]] = set()
+
 # What a loop need not call for each datagram, as long as it is not overridden: it knows what they do.
 _OWN_OF_DATAGRAMS: Final = {
     name: getattr(UDPServer, name)
@@ -455,8 +458,16 @@ def _accept_failed(server: Any, error: OSError) -> None:
     """Tell the loop of the calling thread, if it runs one, what ``get_request`` of ``server`` has raised."""
     loop = State.of(server).own_loop()
     if loop is not None:
-        own = getattr(server.get_request, "__func__", None) in _OWN_GET_REQUEST
-        loop.accept_failed(error, own)
+        loop.accept_failed(error, _get_request_of(server) in _OWN_GET_REQUEST)
+
+
+def _get_request_of(server: Any) -> Any:
+    """Return the function that accepts the connections of ``server``, past those that only call the next one."""
+    function = getattr(server.get_request, "__func__", None)
+    if function in passing_get_requests:
+        found = (vars(cls).get("get_request") for cls in type(server).__mro__)
+        return next((method for method in found if method is not None and method not in passing_get_requests), None)
+    return function
 
 
 # What a loop need not call for each connection, as long as it is not overridden.

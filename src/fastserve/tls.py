@@ -8,6 +8,7 @@ forked child. This module is imported by every server; the module ``ssl`` is imp
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -56,6 +57,9 @@ def is_listener(listener: object) -> bool:
 def accept(server: Any, cooperative: bool) -> tuple[Any, Any]:
     """Accept a connection, without its handshake if somebody else will do that.
 
+    A method ``_before_handshake`` of the server is called with the connection and its address when the handshake is
+    next, by whoever does it. An ``OSError`` that it raises is a failed handshake.
+
     :param server: one for whose ``socket`` :func:`is_listener` is true.
     :param cooperative: whether the connection is to wait in the hub of the calling thread.
     :raises OSError: if there is none, or it has been given up already.
@@ -82,7 +86,12 @@ def accept(server: Any, cooperative: bool) -> tuple[Any, Any]:
     if cooperative:
         _tls.make_cooperative(request)
     if listener.do_handshake_on_connect:
-        _tls.postpone_handshake(request, getattr(server, "handshake_timeout", HANDSHAKE_TIMEOUT))
+        before = getattr(server, "_before_handshake", None)
+        _tls.postpone_handshake(
+            request,
+            getattr(server, "handshake_timeout", HANDSHAKE_TIMEOUT),
+            before and functools.partial(before, client_address=address),
+        )
     return request, address
 
 

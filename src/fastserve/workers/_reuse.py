@@ -30,6 +30,8 @@ def _is_usable() -> bool:
     return (
         _backend.threads is not None
         and _STARTER is not None
+        # What was replaced before this import is among the originals here.
+        and not _backend.monkey_patched()
         and all(hasattr(threading, name) for name in _NEEDED)
         # The context of the thread that starts another is inherited then, which no thread used again does.
         and not getattr(sys.flags, "thread_inherit_context", False)
