@@ -83,7 +83,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_descriptor_is_left() -> Iterator[None]:
     before = open_descriptors()
     yield
-    wait_until(lambda: open_descriptors() <= before)
+    wait_until(lambda: open_descriptors() <= before, LIMIT)
 
 
 # from_socket
@@ -287,7 +287,9 @@ def one_of_a_pair() -> socket.socket:
 
 def connected() -> socket.socket:
     with listener() as sock:
-        return socket.create_connection(sock.getsockname())
+        client = socket.create_connection(sock.getsockname())
+        sock.accept()[0].close()
+        return client
 
 
 @pytest.mark.parametrize(
@@ -630,7 +632,7 @@ def test_of_servers_that_start_together_one_gets_the_address(impl: str, here: Pa
         def start(started: list[Any] = started, refused: list[Any] = refused, barrier: Any = barrier) -> None:
             barrier.wait(LIMIT)
             try:
-                started.append(unix_server(kind, remove_stale_socket=True))
+                started.append(unix_server(kind, remove_stale_socket=True, request_queue_size=64))
             except OSError as error:
                 refused.append(error.errno)
 
