@@ -544,7 +544,8 @@ DIRECTIVES = {
     "Socket": {"ListenStream", "FileDescriptorName", "Backlog", "NoDelay", "KeepAlive"},
     "Service": """
         Type ExecStart Restart RestartSec Environment TimeoutStopSec DynamicUser NoNewPrivileges ProtectSystem
-        ProtectHome ProtectProc ProcSubset ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
+        ProtectHome ProtectProc ProcSubset ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules
+        ProtectKernelTunables
         ProtectControlGroups PrivateTmp PrivateDevices PrivateUsers PrivateNetwork RestrictAddressFamilies
         RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality MemoryDenyWriteExecute RemoveIPC
         CapabilityBoundingSet AmbientCapabilities SystemCallArchitectures SystemCallFilter SystemCallErrorNumber UMask

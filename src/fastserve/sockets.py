@@ -117,7 +117,7 @@ class _Inherited(socket.socket):
         if not self._listens:
             super().listen(backlog)
 
-    def setsockopt(self, *arguments: Any) -> None:  # type: ignore[override]
+    def setsockopt(self, *arguments: Any) -> None:
         """Set an option, unless it is one that says how to bind."""
         if arguments[:2] not in _BEFORE_BIND:
             super().setsockopt(*arguments)
@@ -298,15 +298,15 @@ class _Listener(socket.socket):
             _bind(server, self, address, options)
 
 
-_servers: Final[weakref.WeakKeyDictionary[_Listener, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+_servers: Final[weakref.WeakKeyDictionary[socket.socket, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
 def prepare(server: Any) -> None:
     """See to it that the new listener of ``server`` is bound with its options, whoever binds it."""
     listener = server.socket
     if type(listener) is _PLAIN and options_of(server) is not None:
-        listener.__class__ = _Listener
         _servers[listener] = weakref.ref(server)
+        listener.__class__ = _Listener
 
 
 def bind(server: Any) -> None:
