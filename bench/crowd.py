@@ -12,7 +12,7 @@ flood     latency of 100 clients that send a line and wait for the answer, witho
           without pause and reads all answers, and one that sends without pause and reads nothing.
 slow      latency of 50 such clients without and with 5,000 others, each of which sends one byte a second of a line
           that does not end.
-timeouts  CPU time of the server for each line of 50 clients beside 9,950 that wait, where ``timeout = 60`` on the
+timeouts  CPU time of the server for each line of 50 clients beside 9,950 that wait, where ``timeout = 600`` on the
           handler class lets every wait end by itself, and where nothing does. A second server without it shows what
           two equal ones differ by.
 
@@ -351,7 +351,7 @@ def measure_timeouts(options: argparse.Namespace) -> dict[str, Any]:
     if missing:
         raise CrowdFailed(f"{OURS}: {missing}")
     plain = lines(1)
-    works = {"without": plain, "without, again": plain, "timeout = 60": replace(plain, handler="TimedLines")}
+    works = {"without": plain, "without, again": plain, "timeout = 600": replace(plain, handler="TimedLines")}
     with contextlib.ExitStack() as stack:
         servers, crowds = [], []
         for name, work in works.items():
@@ -434,7 +434,7 @@ WHATS = {
     "slow": f"{UNSLOWED} clients send a line and wait for the answer, without and with others that send one byte a "
     "second each.",
     "timeouts": f"{ACTIVE} clients send a line and wait for the answer, beside others that wait for their next line; "
-    f"all by {OURS}, with and without `timeout = 60` on the handler class.",
+    f"all by {OURS}, with and without `timeout = 600` on the handler class.",
 }
 
 

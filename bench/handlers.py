@@ -37,7 +37,7 @@ class Lines(socketserver.StreamRequestHandler):
 class TimedLines(Lines):
     """The same with a deadline for every wait."""
 
-    timeout = 60
+    timeout = 600  # seconds: longer than any run takes, so that those that only wait stay
 
 
 class OneShot(socketserver.BaseRequestHandler):

@@ -131,8 +131,9 @@ def started(*args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     """Read the line that tells the address, from the pipe that is the server's standard output."""
     line = server.stdout.readline()
+    models = "sync|threads|threadpool|fork|greenlet"
     found = re.fullmatch(
-        r"Serving \S+ on (\S+) \([a-z ]+, (sync|threads|threadpool|fork|greenlet)\); Ctrl-C stops\n", line
+        rf"Serving \S+ on (\S+) \([a-z ]+, ({models})(, 1 process|, \d+ processes)?\); Ctrl-C stops\n", line
     )
     assert found, (line, server.stderr.read() if not line else "")
     return found[1]
@@ -245,6 +246,8 @@ def test_version() -> None:
         ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --max-connections 2", "fastserve serve", "--worker greenlet"),
         ("serve handlers:Lines --worker greenlet --max-connections 0", "fastserve serve", "'0' is not a whole number"),
+        ("serve handlers:Lines --workers 0", "fastserve serve", "'0' is not a whole number"),
+        ("serve handlers:Lines --grace 5", "fastserve serve", "--workers"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),

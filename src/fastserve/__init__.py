@@ -85,8 +85,10 @@ __all__ = [
 
 if hasattr(os, "fork"):
     from fastserve.workers.forking import ForkingMixIn, ForkingTCPServer, ForkingUDPServer
+    from fastserve.workers.prefork import PreforkMixIn
 
-    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer"]
+    __extensions__ += ["PreforkMixIn"]
+    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer", "PreforkMixIn"]
 
 if hasattr(socket, "AF_UNIX"):
     from fastserve.server import UnixDatagramServer, UnixStreamServer

@@ -23,11 +23,11 @@ cdef enum:
     MAX_EVENTS = 256  # events taken from the kernel at a time
     SCRATCH = 262144  # bytes received at a time
     CORK = 65536  # bytes of replies gathered while requests are left to read
-    # What a greenlet may do until it is the turn of others: 64 calls of the kernel that succeed, or 1,024 reads of what
-    # was received already, or a quarter of a MiB received.
-    BUDGET = 1024
-    CALL = 16
-    PER_UNIT = 256  # bytes received
+    # What a greenlet may do until it is the turn of others: 32 calls of the kernel that succeed, or 256 reads of what was
+    # received already, or 128 KiB received; some 0.3 ms.
+    BUDGET = 256
+    CALL = 8
+    PER_UNIT = 512  # bytes received
 
 
 # What the hub knows of a descriptor. It belongs to a connection until that is closed; the generation tells an event of

@@ -25,7 +25,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from fastserve import _core_py, _waiting
 
 POOLED: Final = 512  # greenlets kept for later requests
-BUDGET: Final = 64  # calls of the kernel that succeed until it is the turn of others
+BUDGET: Final = 32  # calls of the kernel that succeed until it is the turn of others
 
 # What a forked child inherits of its parent's hubs. Were it collected there, the handlers would be ended in the child,
 # and with them the connections of the parent.

@@ -75,6 +75,7 @@ class Loop:
         self._listener = -1
         self._children: dict[int, int] = {}  # the process ids of watched children, by pidfd
         self._ended: set[int] = set()  # those that have ended since somebody asked
+        self._watched: dict[int, Callable[[], None]] = {}  # what to call, by descriptor
         self._holds_signals = False
         self._backoff = Backoff()
         self._resume_at: float | None = None  # time.monotonic(); the listener is not watched until then
@@ -192,15 +193,25 @@ class Loop:
                 self._ended.add(self._children.pop(fd))
                 self._poller.unregister(fd)
                 os.close(fd)
+            elif fd in self._watched:
+                self._watched[fd]()
         return self._listener in ready
 
-    def _start_afresh(self) -> None:
-        """Make a forked child that goes on in the loop independent of its parent, as it is in the stdlib."""
+    def abandon(self) -> None:
+        """Release, in a forked child, what it shares with its parent. The loop is not used again."""
         self._poller.close()
         self._wakeup.close()
         for pidfd in self._children:
             os.close(pidfd)
         self._children.clear()
+        self._watched.clear()
+        _loops.discard(self)
+        paused.discard(self)
+        self._is_open = False
+
+    def _start_afresh(self) -> None:
+        """Make a forked child that goes on in the loop independent of its parent, as it is in the stdlib."""
+        self.abandon()
         self._resume_at = None
         self.held = False
         self.stale = False
@@ -243,6 +254,16 @@ class Loop:
         self._retry = True
         self.wake()
 
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Have ``call()`` called by the loop whenever ``fd`` can be read, until :meth:`unwatch`."""
+        self._watched[fd] = call
+        self._poller.register(fd)
+
+    def unwatch(self, fd: int) -> None:
+        """End what :meth:`watch` began, while ``fd`` is open still. Without it, does nothing."""
+        if self._watched.pop(fd, None) is not None:
+            self._poller.unregister(fd)
+
     def watch_child(self, pid: int) -> None:
         """End the wait when the child process ``pid`` ends, where the kernel can tell (pidfd_open(2))."""
         if not hasattr(os, "pidfd_open"):
@@ -282,6 +303,7 @@ class Loop:
         for pidfd in self._children:
             os.close(pidfd)
         self._children.clear()
+        self._watched.clear()
         self._wakeup.close()
         self._poller.close()
 
@@ -301,6 +323,7 @@ class SelectorLoop:
         self._server = server
         self._backoff = Backoff()
         self._failed = False
+        self._watched: dict[int, Callable[[], None]] = {}
         self._selector_class = selector_class
         self._opened = contextlib.ExitStack()
 
@@ -314,7 +337,14 @@ class SelectorLoop:
         if not self._failed:
             self._backoff.pause = 0.0
         self._failed = False
-        return bool(self._selector.select(timeout))
+        ready = self._selector.select(timeout)
+        if not self._watched:
+            return bool(ready)  # whatever a selector of somebody's own has put into it
+        calls = [self._watched.get(key.fd) for key, _ in ready]
+        for call in calls:
+            if call is not None:
+                call()
+        return None in calls
 
     def wake(self) -> None:
         """Do nothing: the owner looks around every ``poll_interval``."""
@@ -324,6 +354,16 @@ class SelectorLoop:
         if error.errno in EXHAUSTED or (own_accept and error.errno in UNUSABLE):
             self._failed = True
             time.sleep(self._backoff.failed(self._server, error))
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Have ``call()`` called by the loop whenever ``fd`` can be read, until :meth:`unwatch`."""
+        self._watched[fd] = call
+        self._selector.register(fd, selectors.EVENT_READ)
+
+    def unwatch(self, fd: int) -> None:
+        """End what :meth:`watch` began. Without it, does nothing."""
+        if self._watched.pop(fd, None) is not None:
+            self._selector.unregister(fd)
 
     def watch_child(self, pid: int) -> None:
         """Do nothing: children are looked for at every tick."""
@@ -408,13 +448,14 @@ STATE: Final = "_fastserve_state"  # the key in the server's __dict__
 class State:
     """What a server remembers of its loops. It is made lazily: ``__init__`` may have been mocked away."""
 
-    __slots__ = ("connections", "datagrams", "hubs", "loops", "shut_down", "socket_file")
+    __slots__ = ("connections", "datagrams", "hubs", "loops", "opened", "shut_down", "socket_file")
 
     def __init__(self) -> None:
         self.loops: list[Loop | SelectorLoop] = []  # those that run, one for each thread in serve_forever
         self.shut_down = False  # whether shutdown() was ever called
         self.hubs: list[Any] = []  # in which requests run in greenlets, one for each thread in serve_forever
         self.connections = 0  # that run in greenlets, where their number is limited
+        self.opened: Callable[[Loop | SelectorLoop], None] | None = None  # called with each loop that begins to wait
         self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams
         self.socket_file: Any = None  # that server_close() is to remove: sockets.SocketFile
 

@@ -127,9 +127,9 @@ def get_request(server: Any) -> Request:
 
 
 def _is_one_of_several(server: Any) -> bool:
-    """Return whether the calling thread runs a loop of ``server`` and is not the only one."""
+    """Return whether the calling thread runs a loop of ``server`` and others receive from the same socket."""
     state = State.of(server)
-    return len(state.loops) > 1 and state.own_loop() is not None
+    return (len(state.loops) > 1 or _is_shared(server)) and state.own_loop() is not None
 
 
 def _is_plain(listener: Any) -> bool:

@@ -139,6 +139,8 @@ class BaseServer(socketserver.BaseServer):
             if not self.__shutdown_request and not (state.shut_down and _is_closed(self)):
                 loop.open()
                 loop.ticks = loop.ticks or not _flag_wakes(self)
+                if state.opened is not None:
+                    state.opened(loop)
                 while not (self.__shutdown_request or loop.stopping):
                     if turns is not None and turns.run(self, loop) and (self.__shutdown_request or loop.stopping):
                         break

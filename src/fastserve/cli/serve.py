@@ -20,6 +20,8 @@ from fastserve.workers._pool import default_workers
 # Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
 DEFAULT_REQUEST_QUEUE_SIZE: Final = 128
 
+DEFAULT_GRACE: Final = 30  # seconds
+
 EPILOG: Final = """\
 The first line on standard output tells the address, in the form that --bind takes.
 
@@ -30,11 +32,15 @@ The file of a Unix socket is removed, unless it came from outside.
 
 If NOTIFY_SOCKET is set, systemd is told READY=1 when the server serves, and STOPPING=1.
 
+With --workers SIGTERM lets requests that run end first, within --grace seconds; a second
+one cuts them off. SIGHUP replaces the processes one by one, and no client notices.
+
 examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
   fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
   fastserve serve http.server:SimpleHTTPRequestHandler --bind unix:/tmp/files.sock
   fastserve serve echo.py:Handler --bind systemd:echo
+  fastserve serve echo.py:Handler --worker greenlet --workers 4
 """
 
 
@@ -56,6 +62,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
     help = "requests that are handled at a time, with --worker greenlet (default: no limit; others wait in the kernel)"
     parser.add_argument("--max-connections", metavar="N", type=positive, help=help)
+    help = "processes that serve together, each as --worker says; one that ends is replaced (default: this one alone)"
+    parser.add_argument("--workers", metavar="N", type=positive, help=help)
+    help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
+    parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
     help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
         system may have a lower limit)"
     parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
@@ -81,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
         (args.max_connections and args.worker != "greenlet", "--max-connections is for --worker greenlet"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
+        (args.workers and not hasattr(os, "fork"), "--workers: this system has no fork"),
+        (args.grace and not args.workers, "--grace is for --workers"),
     ):
         if wrong:
             raise UsageError(message)
@@ -136,7 +148,11 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "max_connections": args.max_connections,
         **listening.attributes(args),
     }
-    server_class: type[fastserve.TCPServer] = type(base.__name__, (base,), attributes)
+    bases: tuple[Any, ...] = (base,)
+    if args.workers:
+        bases = (fastserve.PreforkMixIn, base)
+        attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}
+    server_class: type[fastserve.TCPServer] = type(base.__name__, bases, attributes)
     return server_class(address, handler) if inherited is None else server_class.from_socket(inherited, handler)
 
 
@@ -156,11 +172,15 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
         if args.worker == "sync" or (args.worker == "greenlet" and _is_in_greenlet()):
             raise KeyboardInterrupt  # the loop may be in a handler that waits for its client, or for anything else
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    if args.workers:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    else:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
     with contextlib.suppress(KeyboardInterrupt):
         kinds = ("unix stream", "unix datagram") if _is_unix(server.address_family) else ("tcp", "udp")
-        how = f"{kinds[args.udp]}, {args.worker}"
+        processes = f", {args.workers} process{'es' if args.workers > 1 else ''}" if args.workers else ""
+        how = f"{kinds[args.udp]}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         listening.tell_systemd("READY=1")
         server.serve_forever()

@@ -1,0 +1,121 @@
+"""A server with worker processes, for the tests of them: prefork_program.py CLASS ATTRIBUTES
+
+CLASS is the class that follows the mix-in, ATTRIBUTES what the server's class has, as JSON. The first line on standard
+output is the address; a line is written for each worker that starts. A handler answers with what it is asked for.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fastserve
+
+
+class Handler(fastserve.BaseRequestHandler):
+    """Answer requests, each of which is a line (or a datagram), until the client ends the connection."""
+
+    def handle(self) -> None:
+        if isinstance(self.request, tuple):
+            data, listener = self.request
+            listener.sendto(self.answer(data.decode().split()), self.client_address)
+            return
+        with self.request.makefile("rb") as lines:
+            for line in lines:
+                self.request.sendall(self.answer(line.decode().split()) + b"\n")
+
+    def answer(self, words: list[str]) -> bytes:
+        match words:
+            case ["pid"]:
+                return str(os.getpid()).encode()
+            case ["sleep", seconds]:
+                fastserve.sleep(float(seconds))
+            case ["block", seconds]:
+                time.sleep(float(seconds))
+            case ["count", name]:
+                return str(getattr(self.server, name)).encode()
+            case ["descriptors"]:
+                return str(len(os.listdir("/proc/self/fd"))).encode()
+            case ["shutdown"]:
+                threading.Thread(target=self.server.shutdown).start()
+            case ["exit"]:
+                os._exit(7)
+        return b"done"
+
+
+class Http(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = str(os.getpid()).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+class Extra:
+    """What the tests look at."""
+
+    actions = 0
+    fails_while = ""  # the name of a file: a worker does not start while it exists
+
+    def worker_started(self, place: int) -> None:
+        if self.fails_while and Path(self.fails_while).exists():
+            raise RuntimeError("not now")
+        os.write(1, b"worker %d %d\n" % (place, os.getpid()))
+
+    def service_actions(self) -> None:
+        super().service_actions()  # type: ignore[misc]
+        self.actions += 1
+
+
+class Quiet:
+    worker_started = Extra.worker_started
+    fails_while = ""
+
+
+def main() -> None:
+    name, options = sys.argv[1], json.loads(sys.argv[2])
+    extra = Extra if options.pop("counts_actions", False) else Quiet
+    own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
+    stop_after = options.pop("stop_after", None)
+    address = options.pop("address", ["127.0.0.1", 0])
+    if name == "http":
+        bases: Any = (fastserve.GreenletMixIn, http.server.HTTPServer)
+        handler: Any = Http
+    else:
+        bases, handler = (getattr(fastserve, name),), Handler
+    bases = (extra, fastserve.PreforkMixIn, *bases)
+    attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
+    server = type("Server", bases, attributes)(address if isinstance(address, str) else tuple(address), handler)
+    if own_handlers:
+        signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"own handler\n") and server._BaseServer__shutdown_request)
+    where = server.server_address if isinstance(server.server_address, str) else server.server_address[1]
+    print(where, os.getpid(), flush=True)
+    with server:
+        if stop_after is not None:
+            threading.Timer(stop_after, server.shutdown).start()
+        try:
+            server.serve_forever()
+        finally:
+            print("served", flush=True)
+        if again:
+            threading.Timer(stop_after, server.shutdown).start()
+            server.serve_forever()
+            print("served again", flush=True)
+        if not isinstance(server.server_address, str) and server.socket.type == socket.SOCK_STREAM:
+            assert os.get_blocking(server.fileno())
+    print("left", len(os.listdir("/proc/self/fd")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
