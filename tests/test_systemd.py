@@ -56,6 +56,11 @@ class Options(fastserve.BaseRequestHandler):
         options = (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         self.request.sendall(repr([self.request.getsockopt(*option) for option in options]).encode())
 
+class Pid(fastserve.BaseRequestHandler):
+    def handle(self):
+        import os
+        self.request.sendall(b"%d" % os.getpid())
+
 class Descriptors(fastserve.BaseRequestHandler):
     def handle(self):
         import os, subprocess
@@ -141,7 +146,7 @@ def address_of(server: subprocess.Popen[str]) -> str:
     """Return the address that ``fastserve serve`` prints."""
     assert server.stdout is not None and server.stderr is not None
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, [a-z]+\); Ctrl-C stops\n", line)
+    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, [a-z]+(?:, 2 processes)?\); Ctrl-C stops\n", line)
     assert found, (line, "" if line else server.stderr.read())
     return found[1]
 
@@ -368,6 +373,33 @@ def test_the_socket_of_a_name_is_served_and_the_others_are_closed(here: Path) ->
         with pytest.raises(ConnectionRefusedError):
             talk(addresses[0], b"a\n")
         stop(server)
+
+
+def test_several_processes_serve_a_socket_from_systemd(here: Path) -> None:
+    sock = listener()
+    address = sock.getsockname()
+    with Manager() as manager:
+        command = serve("handlers:Lines", "--bind", "systemd", "--workers", "2")
+        with started(command, [sock], NOTIFY_SOCKET=manager.address) as server:
+            assert manager.told() == "READY=1"
+            assert port_of(server) == address
+            for _ in range(4):
+                assert talk(address, b"a\n") == b"A\n"
+            stop(server)
+            assert manager.told() == "STOPPING=1"
+
+
+def test_the_file_of_a_unix_socket_outlives_one_of_several_processes(here: Path) -> None:
+    command = serve("handlers:Pid", "--bind", "unix:s", "--workers", "2")
+    with started(command, activate=False) as server:
+        assert address_of(server) == "unix:s"
+        first = int(talk("s", b"", socket.AF_UNIX))
+        assert first != server.pid
+        os.kill(first, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(f"/proc/{first}"))
+        assert int(talk("s", b"", socket.AF_UNIX)) != first
+        stop(server, f"fastserve: worker {first} ended with status 0; another one takes its place\n")
+    assert not os.path.lexists("s")
 
 
 def test_a_unix_socket_from_systemd_stays(here: Path) -> None:

@@ -38,7 +38,7 @@ one cuts them off. SIGHUP replaces the processes one by one, and no client notic
 examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
   fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
-  fastserve serve http.server:SimpleHTTPRequestHandler --bind unix:/tmp/files.sock
+  fastserve serve echo.py:Handler --bind unix:/tmp/echo.sock --socket-mode 660
   fastserve serve echo.py:Handler --bind systemd:echo
   fastserve serve echo.py:Handler --worker greenlet --workers 4
 """
