@@ -694,6 +694,20 @@ def test_server_close_leaves_alone_what_is_not_the_servers_own(impl: str, here: 
             assert os.path.lexists("s")
 
 
+def test_a_file_that_cannot_be_removed_does_not_keep_the_listener_open(
+    impl: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = unix_server("Stream", unlink_on_close=True)
+
+    def refuse(path: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        server.server_close()
+    assert server.fileno() == -1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_does_not_remove_the_file(impl: str, here: Path) -> None:
     with unix_server("Stream", unlink_on_close=True) as server:

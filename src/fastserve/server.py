@@ -375,9 +375,11 @@ class TCPServer(BaseServer, socketserver.TCPServer):
 
     def server_close(self) -> None:
         """Close the listener. May be extended."""
-        sockets.unlink(self)
-        self.socket.close()
-        datagrams.drop(self)
+        try:
+            sockets.unlink(self)
+        finally:
+            self.socket.close()
+            datagrams.drop(self)
 
     def fileno(self) -> int:
         """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""

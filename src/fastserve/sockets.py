@@ -208,11 +208,11 @@ def _opened(sock: socket.socket | int) -> socket.socket:
     """Return ``sock``, or a new object for a descriptor. Raises ``ValueError`` if there is no such socket."""
     if isinstance(sock, int):
         try:
-            return _PLAIN(fileno=sock)
+            return socket.socket(fileno=sock)
         except (OSError, OverflowError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"descriptor {sock} is not an open socket: {reason}") from None
-    if not isinstance(sock, socket.socket):
+    if not isinstance(sock, (_PLAIN, socket.socket)):
         raise TypeError(f"{sock!r} is neither a socket nor a descriptor")
     if sock.fileno() < 0:
         raise ValueError("the socket is closed")
