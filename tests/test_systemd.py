@@ -59,6 +59,7 @@ class Options(fastserve.BaseRequestHandler):
 class Pid(fastserve.BaseRequestHandler):
     def handle(self):
         import os
+        self.request.recv(1)
         self.request.sendall(b"%d" % os.getpid())
 
 class Descriptors(fastserve.BaseRequestHandler):
