@@ -25,6 +25,7 @@ from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
+from fastserve.sockets import from_socket
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
 from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
@@ -65,6 +66,7 @@ __extensions__ = [
     "ThreadPoolUDPServer",
     "__version__",
     "create_connection",
+    "from_socket",
     "implementation",
     "patch",
     "patched",
@@ -98,6 +100,7 @@ __all__ = [
     "UDPServer",
     "__version__",
     "create_connection",
+    "from_socket",
     "implementation",
     "patch",
     "patched",
