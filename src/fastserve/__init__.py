@@ -24,6 +24,7 @@ from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
+from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
 from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
@@ -39,6 +40,7 @@ __extensions__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -62,6 +64,7 @@ __all__ = [
     "GreenletUDPServer",
     "StreamRequestHandler",
     "TCPServer",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",

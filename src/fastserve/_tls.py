@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastserve import _green_py, _waiting, tls
+from fastserve import _backend, _green_py, _waiting, tls
 
 _plain: Any = socket.socket
 _cooperative_plain: Any = _green_py.Connection
@@ -266,24 +266,14 @@ class _Unfinished(ssl.SSLSocket):
         vars(self)["_sslobj"] = value
 
     def do_handshake(self, block: bool = False) -> None:
-        self._finish()
-        self.do_handshake(block)  # that of the other class, which it has from now on
-
-    def _finish(self) -> float | None:
         self.__class__ = self._finished
-        limit: float | None = vars(self).pop("_handshake_timeout", None)
-        return limit
+        vars(self).pop(tls.HANDSHAKE_LIMIT, None)
+        self.do_handshake(block)  # that of the other class, which it has from now on
 
     def finish_handshake(self) -> None:
         """Do the handshake, in the time that the server allows."""
-        limit = self._finish()
-        timeout = self.gettimeout()
-        self.settimeout(min(limit, timeout) if limit and timeout else limit or timeout or None)
-        try:
-            self.do_handshake()
-        finally:
-            if _plain.fileno(self) >= 0:
-                self.settimeout(timeout)
+        self.__class__ = self._finished
+        handshake_in_time(self)
 
 
 class _UnfinishedCooperative(_Unfinished, Connection):
@@ -292,11 +282,30 @@ class _UnfinishedCooperative(_Unfinished, Connection):
 
 tls.unfinished.update((_Unfinished, _UnfinishedCooperative))
 
+_UNFINISHED_OF: Final[dict[type, type]] = {ssl.SSLSocket: _Unfinished, Connection: _UnfinishedCooperative}
+
 
 def postpone_handshake(request: Any, limit: float | None) -> None:
-    """Let the handshake of a connection be done later, within ``limit`` seconds (``None``: endless)."""
-    request.__class__ = _UnfinishedCooperative if type(request) is Connection else _Unfinished
-    request._handshake_timeout = limit
+    """Let the handshake of a connection be done later, within ``limit`` seconds (``None``: endless).
+
+    One of a class that is not known, of a derived context or of gevent, does not do it by itself when it is first used.
+    """
+    vars(request)[tls.HANDSHAKE_LIMIT] = limit
+    unfinished = _UNFINISHED_OF.get(type(request))
+    if unfinished is not None and not _backend.monkey_patched():
+        request.__class__ = unfinished
+
+
+def handshake_in_time(request: Any) -> None:
+    """Do the handshake that was postponed, in the time that it may take."""
+    limit: float | None = vars(request).pop(tls.HANDSHAKE_LIMIT, None)
+    timeout = request.gettimeout()
+    request.settimeout(min(limit, timeout) if limit and timeout else limit or timeout or None)
+    try:
+        request.do_handshake()
+    finally:
+        if request.fileno() >= 0:
+            request.settimeout(timeout)
 
 
 def make_cooperative(request: Any) -> None:

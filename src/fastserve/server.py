@@ -424,7 +424,8 @@ class UDPServer(TCPServer, socketserver.UDPServer):
         """Do nothing: a datagram holds nothing to release."""
 
 
-_OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
+# What a failed get_request is known to mean: that accept(2) has failed.
+own_get_requests: Final[set[Any]] = {TCPServer.get_request, UDPServer.get_request}
 
 # What a loop need not call for each datagram, as long as it is not overridden: it knows what they do.
 _OWN_OF_DATAGRAMS: Final = {
@@ -453,7 +454,7 @@ def _accept_failed(server: Any, error: OSError) -> None:
     """Tell the loop of the calling thread, if it runs one, what ``get_request`` of ``server`` has raised."""
     loop = State.of(server).own_loop()
     if loop is not None:
-        own = getattr(server.get_request, "__func__", None) in _OWN_GET_REQUEST
+        own = getattr(server.get_request, "__func__", None) in own_get_requests
         loop.accept_failed(error, own)
 
 

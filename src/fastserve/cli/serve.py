@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import fastserve
+from fastserve.cli import tls
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
@@ -31,6 +32,7 @@ examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
   fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
   fastserve serve http.server:SimpleHTTPRequestHandler --bind unix:/tmp/files.sock
+  fastserve serve http.server:SimpleHTTPRequestHandler --tls-cert chain.pem --tls-key key.pem
 """
 
 
@@ -63,6 +65,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "bind with SO_REUSEADDR: for TCP, at once after an earlier server has stopped; for UDP, beside others that \
         do the same (default: yes for TCP, no for UDP)"
     parser.add_argument("--reuse-address", action=argparse.BooleanOptionalAction, help=help)
+    tls.add_options(parser)
     parser.set_defaults(command=run, parser=parser)
 
 
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(message)
     if args.worker == "greenlet":
         require_greenlets()
+    tls.check(args)
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
@@ -133,7 +137,11 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "max_workers": args.max_workers,
         "max_connections": args.max_connections,
     }
-    server: fastserve.TCPServer = type(base.__name__, (base,), attributes)(address, handler)
+    bases: tuple[Any, ...] = (base,)
+    if args.tls_cert is not None:
+        bases = (fastserve.TLSMixIn, base)
+        attributes |= tls.attributes(args)
+    server: fastserve.TCPServer = type(base.__name__, bases, attributes)(address, handler)
     return server
 
 
@@ -151,9 +159,11 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
+    if args.tls_cert is not None:
+        tls.reload_on_hangup(server)
     with contextlib.suppress(KeyboardInterrupt):
         kinds = ("unix stream", "unix datagram") if args.bind.startswith("unix:") else ("tcp", "udp")
-        how = f"{kinds[args.udp]}, {args.worker}"
+        how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         server.serve_forever()
     for signum in (signal.SIGINT, signal.SIGTERM):
