@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from children import IMPLEMENTATIONS, TIME_LIMIT, Child, child
-from support import wait_until
+from support import LIMIT, wait_until
 
 pytest.importorskip("trustme")
 
@@ -116,6 +118,47 @@ def test_serve_with_tls_and_load_the_certificates_again(start: Any, here: Path, 
         assert process.errors().count("\n") == 2
 
 
+@pytest.mark.skipif("fork" not in WORKERS, reason="no fork here")
+def test_certificates_are_exchanged_under_load(start: Any, here: Path) -> None:
+    # The other worker models are in test_tls_mixin, in one process with their clients.
+    known = {serial_of(here / "server.pem")}
+    done = threading.Event()
+
+    with start(*FILES, "--worker", "fork") as process:
+        server = served(process, "fork")
+        errors = reported(process)
+
+        def exchange() -> None:
+            while not done.is_set():
+                write_certificate(here)
+                known.add(serial_of(here / "server.pem"))
+                process.process.send_signal(signal.SIGHUP)
+                assert next(errors) == "fastserve: the certificates were loaded again"
+
+        def client() -> list[str]:
+            context, serials = client_context(), []
+            for _ in range(25):
+                with client_of(server, context) as connection:
+                    connection.sendall(b"a\n")
+                    assert connection.recv(10) == b"A\n"
+                    serials.append(serial_at(connection))
+            return serials
+
+        with ThreadPoolExecutor(9) as threads:
+            exchanging = threads.submit(exchange)
+            try:
+                clients = [threads.submit(client) for _ in range(8)]
+                serials = [serial for result in clients for serial in result.result(LIMIT)]
+            finally:
+                done.set()
+            exchanging.result(LIMIT)
+        assert len(serials) == 200
+        assert set(serials) <= known
+        assert len(set(serials)) > 1
+        process.process.terminate()
+        assert process.end() == ""
+
+
 def test_only_clients_with_a_certificate_are_served(start: Any) -> None:
     with start(*FILES, "--tls-client-ca", "authority.pem") as process:
         server = served(process)
@@ -185,7 +228,11 @@ def test_wrong_options_give_one_line_and_status_2(here: Path, options: str, said
     encrypt(here / "encrypted.key")
     command = [sys.executable, "-m", "fastserve", "serve", "handlers.py:Lines", "--bind", "127.0.0.1:0"]
     failed = subprocess.run(
-        [*command, *options.split()], capture_output=True, text=True, timeout=TIME_LIMIT, cwd=here,
+        [*command, *options.split()],
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        cwd=here,
         stdin=subprocess.DEVNULL,
     )
     assert (failed.returncode, failed.stdout) == (2, "")

@@ -1,8 +1,9 @@
 """Connections with TLS, and who does their handshake: behind ``tls_mixin``, and for the stdlib's recipe.
 
-The recipe is ``server.socket = context.wrap_socket(server.socket, server_side=True)``. ``accept()`` of such a listener does the handshake too, so that in the stdlib one silent client stalls all others.
-Here the loop accepts only, and whoever handles the request does the handshake first: the thread, the greenlet, the
-forked child. This module is imported by every server; the module ``ssl`` is imported with the first such listener.
+The recipe is ``server.socket = context.wrap_socket(server.socket, server_side=True)``. ``accept()`` of such a listener
+does the handshake too, so that in the stdlib one silent client stalls all others. Here the loop accepts only, and
+whoever handles the request does the handshake first: the thread, the greenlet, the forked child. This module is
+imported by every server; the module ``ssl`` is imported with the first such listener.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The mix-in that gives TLS to a stream server: ``class Server(TLSMixIn, ThreadingTCPServer)``.
 
-The listener stays a plain socket. Each connection that was accepted is made one with TLS, by the context of that moment, so
-that another context serves the next connection while those that are open keep theirs. Who does the handshake, and when, is
-in ``tls``. The module ``ssl`` is imported with the first such server.
+The listener stays a plain socket. Each connection that was accepted is made one with TLS, by the context of that
+moment, so that another context serves the next connection while those that are open keep theirs. Who does the
+handshake, and when, is in ``tls``. The module ``ssl`` is imported with the first such server.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ def _after_fork_in_child() -> None:
 
 
 class TLSMixIn:
-    """Serve connections with TLS: ``class Server(TLSMixIn, ThreadingTCPServer)``, over any stream server and worker model.
+    """Serve connections with TLS: ``class Server(TLSMixIn, ThreadingTCPServer)``, under any worker model.
 
     ``request`` is an ``ssl.SSLSocket``. The handshake is done by who handles the request, in its thread, greenlet or
-    child process, before :meth:`finish_request` goes on: a client that stays silent there holds up nobody else. Without a
-    worker mix-in that is the loop. One that fails, or takes too long, is not reported: the connection is closed.
+    child process, before :meth:`finish_request` goes on: a client that stays silent there holds up nobody else.
+    Without a worker mix-in that is the loop. One that fails or takes too long is not reported.
 
     Name it first. Its attributes are those of the class or the instance, and are needed when the listener is bound:
     either :attr:`ssl_context`, or :attr:`tls_cert` and what belongs to it, of which a context is made: that of
     ``ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)``, for TLS 1.2 and later.
 
-    :cvar ssl_context: the context, made with ``ssl.PROTOCOL_TLS_SERVER``. Another one may be assigned at any time, by any
-        thread: it is that of the connections which are accepted from then on. ``None`` by default.
+    :cvar ssl_context: the context, made with ``ssl.PROTOCOL_TLS_SERVER``. Another one may be assigned at any time, by
+        any thread: it is that of the connections which are accepted from then on. ``None`` by default.
     :cvar tls_cert: the path of a file with the certificate chain, in PEM.
     :cvar tls_key: the path of a file with the private key, in PEM and not encrypted; ``None``, the default, if it is in
         the same file as the certificate.
-    :cvar tls_client_ca: the path of a file with certificates, in PEM. Where it is given, a client needs a certificate that
-        one of these has signed; ``request.getpeercert()`` tells what is in it. ``None`` by default.
+    :cvar tls_client_ca: the path of a file with certificates, in PEM. Where it is given, a client needs a certificate
+        that one of these has signed; ``request.getpeercert()`` tells what is in it. ``None`` by default.
     :cvar alpn_protocols: protocols that the server speaks, the one that it prefers first (RFC 7301), as
         ``("h2", "http/1.1")``; ``request.selected_alpn_protocol()`` tells what was agreed upon. None by default.
     :cvar handshake_timeout: seconds that a client may take for the handshake, 10 by default; ``None`` is endless.
@@ -88,9 +88,10 @@ class TLSMixIn:
         super().server_activate()  # type: ignore[misc]
 
     def reload_certificates(self) -> None:
-        """Load the files again, for the connections that are accepted from now on; those that are open keep what they have.
+        """Load the files again, for the connections that are accepted from now on.
 
-        Any thread may call it, and a signal handler. If it fails, what was in use stays in use.
+        Those that are open keep what they have. Any thread may call it, and a signal handler. If it fails, what was in
+        use stays in use.
 
         :raises OSError: if a file cannot be read or, ``ssl.SSLError``, be used, as when the key is not that of the
             certificate because only one of the two files was exchanged yet.
@@ -101,9 +102,9 @@ class TLSMixIn:
         _load(self)
 
     def get_request(self) -> Any:
-        """Accept a connection; return it with TLS before its handshake, and its address. See :meth:`TCPServer.get_request`.
+        """Accept a connection; return it, with TLS and before its handshake, and its address.
 
-        A connection that has TLS already, because the listener was wrapped or by an override that follows, stays as it is.
+        One that has TLS already, because the listener was wrapped or by an override that follows, stays as it is.
         """
         import ssl
 

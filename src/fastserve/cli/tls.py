@@ -9,7 +9,6 @@ import signal
 from types import FrameType
 from typing import Any
 
-import fastserve
 from fastserve.cli.arguments import UsageError
 from fastserve.tls_mixin import new_context
 
@@ -21,7 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to those of the command."""
     help = "serve with TLS: a file with the certificate chain, in PEM. SIGHUP has the files loaded again"
     parser.add_argument("--tls-cert", metavar="FILE", help=help)
-    help = "with --tls-cert: a file with the private key, in PEM, not encrypted (default: it is in the file of --tls-cert)"
+    help = (
+        "with --tls-cert: a file with the private key, in PEM, not encrypted (default: it is in the file of --tls-cert)"
+    )
     parser.add_argument("--tls-key", metavar="FILE", help=help)
     help = "with --tls-cert: a file with certificates, in PEM; only clients with a certificate that one of these has \
         signed are served"
