@@ -113,11 +113,33 @@ def test_serve_with_tls_and_load_the_certificates_again(start: Any, here: Path, 
 
         (here / "server.key").write_bytes(b"")
         process.process.send_signal(signal.SIGHUP)
-        assert next(errors).startswith("fastserve: the certificates were not loaded again, and stay what they were: ")
+        said = next(errors)
+        assert said.startswith("fastserve: the certificates were not loaded again, and stay what they were: "), (
+            process.errors()
+        )
         assert certificate_of(server) == second
         process.process.terminate()
         assert process.end() == ""
         assert process.errors().count("\n") == 2
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_loading_certificates_does_not_wait_for_a_client_nor_disturb_it(start: Any, here: Path, worker: str) -> None:
+    with start(*FILES, "--worker", worker) as process:
+        server = served(process, worker)
+        errors = reported(process)
+        with client_of(server) as client:
+            for _ in range(5):
+                client.sendall(b"hello\n")
+                assert client.recv(10) == b"HELLO\n"
+                process.process.send_signal(signal.SIGHUP)
+                assert next(errors) == "fastserve: the certificates were loaded again"
+            process.process.send_signal(signal.SIGHUP)  # and is interrupted where it waits for the client
+        assert next(errors) == "fastserve: the certificates were loaded again"
+        assert certificate_of(server) == serial_of(here / "server.pem")
+        process.process.terminate()
+        assert process.end() == ""
+        assert process.errors().count("\n") == 6
 
 
 @pytest.mark.skipif("fork" not in WORKERS, reason="no fork here")

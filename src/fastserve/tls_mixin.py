@@ -90,8 +90,10 @@ class TLSMixIn:
     def reload_certificates(self) -> None:
         """Load the files again, for the connections that are accepted from now on.
 
-        Those that are open keep what they have. Any thread may call it, and a signal handler. If it fails, what was in
-        use stays in use.
+        Those that are open keep what they have. If it fails, what was in use stays in use. Any thread may call it. So
+        may a signal handler, unless the main thread handles requests, as it does without a worker mix-in and with
+        :class:`GreenletMixIn`: what a signal handler does with OpenSSL takes the place of the error of a call that it
+        interrupts, so that the end of a connection, say, becomes an ``ssl.SSLError``.
 
         :raises OSError: if a file cannot be read or, ``ssl.SSLError``, be used, as when the key is not that of the
             certificate because only one of the two files was exchanged yet.

@@ -160,7 +160,7 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     if args.tls_cert is not None:
-        tls.reload_on_hangup(server)
+        tls.reload_on_hangup(server, in_thread=args.worker in ("sync", "greenlet"))
     with contextlib.suppress(KeyboardInterrupt):
         kinds = ("unix stream", "unix datagram") if args.bind.startswith("unix:") else ("tcp", "udp")
         how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}"

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import signal
+import threading
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -64,22 +66,43 @@ def _reason(error: OSError) -> str:
     return ", ".join([reason, *getattr(error, "__notes__", ())])
 
 
-def reload_on_hangup(server: Any) -> None:
-    """Have SIGHUP load the files again, where there is such a signal. The main thread calls it."""
+def reload_on_hangup(server: Any, in_thread: bool) -> None:
+    """Have SIGHUP load the files again, where there is such a signal. The main thread calls it.
+
+    :param in_thread: whether a thread is to load them, and not the signal handler. It has to where the main thread
+        handles requests: what a signal handler does with OpenSSL takes the place of the error of a call that it
+        interrupts. Where the server forks there is to be no other thread.
+    """
     if not hasattr(signal, "SIGHUP"):
         return
     pid = os.getpid()
+    asked: SimpleQueue[None] = SimpleQueue()  # whose put() may be called in a signal handler
 
     def reload(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != pid:
             return  # a forked child, whose connection keeps what it has
-        try:
-            server.reload_certificates()
-            said = "the certificates were loaded again"
-        except OSError as error:
-            said = f"the certificates were not loaded again, and stay what they were: {_reason(error)}"
-        # Not print(): the signal may have come in between what the main thread writes. Nobody has to read it.
-        with contextlib.suppress(OSError):
-            os.write(2, f"fastserve: {said}\n".encode(errors="replace"))
+        if in_thread:
+            asked.put(None)
+        else:
+            _reload(server)
 
+    def run() -> None:
+        while True:
+            asked.get()
+            _reload(server)
+
+    if in_thread:
+        threading.Thread(target=run, name="certificates", daemon=True).start()
     signal.signal(signal.SIGHUP, reload)
+
+
+def _reload(server: Any) -> None:
+    """Load the files again, and tell it."""
+    try:
+        server.reload_certificates()
+        said = "the certificates were loaded again"
+    except OSError as error:
+        said = f"the certificates were not loaded again, and stay what they were: {_reason(error)}"
+    # Not print(): a signal may have come in between what the main thread writes. Nobody has to read it.
+    with contextlib.suppress(OSError):
+        os.write(2, f"fastserve: {said}\n".encode(errors="replace"))
