@@ -30,6 +30,8 @@ def _is_usable() -> bool:
     return (
         _backend.threads is not None
         and _STARTER is not None
+        # gevent or eventlet may have replaced them before this module was imported.
+        and (threading.Thread.__module__, getattr(threading, _STARTER).__module__) == ("threading", "_thread")
         and all(hasattr(threading, name) for name in _NEEDED)
         # The context of the thread that starts another is inherited then, which no thread used again does.
         and not getattr(sys.flags, "thread_inherit_context", False)
