@@ -856,6 +856,8 @@ def test_a_context_of_another_kind_is_refused(files: dict[str, Path]) -> None:
     before = open_descriptors()
     with pytest.raises(ValueError, match="PROTOCOL_TLS_SERVER"):
         server_of("Threading", ssl_context=client_context())
+    with pytest.raises(ValueError, match="PROTOCOL_TLS_SERVER"):
+        server_of("Threading", ssl_context=server_context(verify_mode=ssl.CERT_REQUIRED, check_hostname=True))
     with pytest.raises(TypeError, match="ssl.SSLContext"):
         server_of("Threading", ssl_context=object())
     with pytest.raises(TypeError, match="sequence of names, not 'h2'"):

@@ -155,7 +155,7 @@ def _context_of(server: Any) -> ssl.SSLContext:
 
     if not isinstance(given, ssl.SSLContext):
         raise TypeError(f"ssl_context is to be an ssl.SSLContext, not {type(given).__name__}")
-    if given.protocol == ssl.PROTOCOL_TLS_CLIENT:
+    if given.protocol == ssl.PROTOCOL_TLS_CLIENT or given.check_hostname:
         raise ValueError("ssl_context is one for clients: make it with ssl.PROTOCOL_TLS_SERVER")
     return given
 
