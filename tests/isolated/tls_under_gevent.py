@@ -37,7 +37,10 @@ for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
 
     with Server(("127.0.0.1", 0), Upper) as server, gevent.Timeout(60):
         serving = gevent.spawn(server.serve_forever, 0.01)
-        with socket.create_connection(server.server_address):  # and says nothing
+        with socket.create_connection(server.server_address) as silent:
+            if name == "TCPServer":
+                assert silent.recv(1) == b""
+                server.handshake_timeout = 30.0
             assert ask(server) == b"HELLO\n"
         server.shutdown()
         serving.get()
