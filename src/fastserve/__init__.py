@@ -28,6 +28,7 @@ from fastserve.server import BaseServer, TCPServer, UDPServer
 from fastserve.sockets import from_socket
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
+from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
 from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
@@ -61,6 +62,7 @@ __extensions__ = [
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -91,6 +93,7 @@ __all__ = [
     "ProxyProtocolMixIn",
     "StreamRequestHandler",
     "TCPServer",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",

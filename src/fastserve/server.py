@@ -468,7 +468,8 @@ class UDPServer(TCPServer, socketserver.UDPServer):
         """Do nothing: a datagram holds nothing to release."""
 
 
-_OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
+# What a failed get_request is known to mean: that accept(2) has failed.
+own_get_requests: Final[set[Any]] = {TCPServer.get_request, UDPServer.get_request}
 
 # Those of mix-ins that call the next one wherever its errors are those of accept(2).
 passing_get_requests: Final[set[Callable[..., Any]]] = set()
@@ -500,7 +501,7 @@ def _accept_failed(server: Any, error: OSError) -> None:
     """Tell the loop of the calling thread, if it runs one, what ``get_request`` of ``server`` has raised."""
     loop = State.of(server).own_loop()
     if loop is not None:
-        loop.accept_failed(error, _get_request_of(server) in _OWN_GET_REQUEST)
+        loop.accept_failed(error, _get_request_of(server) in own_get_requests)
 
 
 def _get_request_of(server: Any) -> Any:

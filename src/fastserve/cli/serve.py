@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import fastserve
-from fastserve.cli import listening
+from fastserve.cli import listening, tls
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
@@ -42,6 +42,7 @@ examples:
   fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
   fastserve serve echo.py:Handler --bind unix:/tmp/echo.sock --socket-mode 660
   fastserve serve echo.py:Handler --bind systemd:echo
+  fastserve serve http.server:SimpleHTTPRequestHandler --tls-cert chain.pem --tls-key key.pem
   fastserve serve echo.py:Handler --worker greenlet --workers 4
 """
 
@@ -87,6 +88,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         do the same (default: yes for TCP, no for UDP)"
     parser.add_argument("--reuse-address", action=argparse.BooleanOptionalAction, help=help)
     listening.add_options(parser)
+    tls.add_options(parser)
     parser.set_defaults(command=run, parser=parser)
 
 
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(message)
     if args.worker == "greenlet":
         require_greenlets()
+    tls.check(args)
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
@@ -163,6 +166,9 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         **listening.attributes(args),
     }
     bases: tuple[type, ...] = (base,)
+    if args.tls_cert is not None:
+        bases = (fastserve.TLSMixIn, *bases)
+        attributes |= tls.attributes(args)
     limits = {name: getattr(args, name) for name in ("max_connections_per_client", "request_timeout", "idle_timeout")}
     if any(limits.values()):
         bases = (fastserve.LimitsMixIn, *bases)
@@ -199,10 +205,12 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
     else:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, stop)
+        if args.tls_cert is not None:
+            tls.reload_on_hangup(server, in_thread=args.worker in ("sync", "greenlet"))
     with contextlib.suppress(KeyboardInterrupt):
         kinds = ("unix stream", "unix datagram") if _is_unix(server.address_family) else ("tcp", "udp")
         processes = f", {args.workers} process{'es' if args.workers > 1 else ''}" if args.workers else ""
-        how = f"{kinds[args.udp]}, {args.worker}{processes}"
+        how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         listening.tell_systemd("READY=1")
         server.serve_forever()
