@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 
 import fastserve
+from fastserve.sockets import Options
 
 NAMES = sorted(socketserver.__all__)
 # The combinations of 3.12, which fastserve has on every Python.
@@ -86,6 +87,7 @@ def test_every_attribute_is_defined_by_the_class_of_the_same_name(ours: type, th
 @pytest.mark.parametrize(("ours", "theirs"), pairs())
 def test_no_class_has_a_public_attribute_that_the_stdlibs_has_not_but_these(ours: type, theirs: type) -> None:
     added = {
+        fastserve.TCPServer: {*Options._fields, "from_socket"},
         fastserve.UDPServer: {"max_batch", "gather_replies", "truncated_datagrams", "dropped_datagrams"},
         fastserve.ThreadingMixIn: {"reuse_threads", "handshake_timeout"},
         getattr(fastserve, "ForkingMixIn", None): {"handshake_timeout"},

@@ -248,6 +248,8 @@ def test_version() -> None:
         ("serve handlers:Lines --worker greenlet --max-connections 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --workers 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --grace 5", "fastserve serve", "--workers"),
+        ("serve handlers:Lines --idle-timeout 0", "fastserve serve", "'0' is not a whole number"),
+        ("serve handlers:Packets --udp --request-timeout 5", "fastserve serve", "--udp"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),
         ("serve handlers:Lines --bind 127.0.0.1:65536", "fastserve serve", "65535"),

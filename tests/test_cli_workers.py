@@ -70,6 +70,15 @@ def test_grace_is_how_long_requests_may_take(here: Path) -> None:  # noqa: F811
         assert server.stderr is not None and "has not ended in time, and is killed" in server.stderr.read()
 
 
+def test_limits_are_those_of_the_options(here: Path) -> None:  # noqa: F811
+    options = ["--max-connections-per-client", "1", "--idle-timeout", "1", "--request-timeout", "30"]
+    with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", *options) as server:
+        address = address_of(server)
+        with connect(address) as first, connect(address) as second:
+            assert second.recv(1) == b""  # refused
+            assert first.recv(1) == b""  # idle for too long
+
+
 def test_log_level_tells_of_requests(here: Path) -> None:  # noqa: F811
     with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--workers", "1", "--log-level", "info") as server:
         assert answers(address_of(server))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import stat
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -228,6 +230,30 @@ def test_unix_server_takes_the_place_of_one_that_was_killed(start: Start, tmp_pa
         assert server.line() == f"listening on {path}"
         assert talk(str(path), b"a\n", socket.AF_UNIX) == b"A\n"
         server.interrupt()
+
+
+def test_tls_server_gets_another_certificate_while_it_serves(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("trustme", reason="certificates are made by the package trustme")
+    from tls_support import client_context, client_of, serial_at, serial_of, write_authority, write_certificate
+
+    cert, key = write_certificate(tmp_path)
+    options = ["--cert", str(cert), "--key", str(key), "--port", "0", "--client-ca", str(write_authority(tmp_path))]
+    with start("tls_server.py", *options) as server:
+        address = SimpleNamespace(server_address=("127.0.0.1", server.port()))
+        for said in ("the certificate was loaded again", "the certificate stays what it was: "):
+            with client_of(address, client_context(certificate=True)) as connection, connection.makefile("rb") as lines:
+                assert serial_at(connection) == serial_of(cert)
+                assert lines.readline() == b"hello client@client.test, over TLSv1.3\n"
+                connection.sendall(b"hello\n")
+                assert lines.readline() == b"HELLO\n"
+                write_certificate(tmp_path)
+                if said.endswith(" "):
+                    key.write_bytes(b"")
+                server.process.send_signal(signal.SIGHUP)
+                assert server.line().startswith(said)
+                connection.sendall(b"hello\n")
+                assert lines.readline() == b"HELLO\n"
+        assert server.interrupt() == "stopped\n"
 
 
 def test_access_control_lets_only_the_allowed_networks_in(start: Start) -> None:

@@ -14,3 +14,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reas
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_servers_work_and_let_other_greenlets_run(impl: str, when: str) -> None:
     run_isolated("under_gevent", impl, when)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_servers_with_tls_work(impl: str, when: str) -> None:
+    pytest.importorskip("trustme")
+    run_isolated("tls_under_gevent", impl, when)

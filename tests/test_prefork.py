@@ -25,7 +25,7 @@ from support import LIMIT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what the processes are and hold")
 
-PROGRAM = Path(__file__).with_name("prefork_program.py")
+PROGRAM = Path(__file__).with_name("server_program.py")
 MODELS = ["TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer", "ForkingTCPServer"]
 needs_greenlet = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed")
 ALL = [*MODELS, pytest.param("GreenletTCPServer", marks=needs_greenlet)]

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import http.server
+import pathlib
 import socket
+import ssl
 import threading
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastserve import (
     ForkingMixIn,
     StreamRequestHandler,
     TCPServer,
+    TLSMixIn,
     ThreadPoolMixIn,
     ThreadPoolUDPServer,
     ThreadingMixIn,
@@ -121,6 +124,24 @@ class Pooled(ThreadPoolMixIn, UnixStreamServer):
 
 class PooledWeb(ThreadPoolMixIn, http.server.HTTPServer):
     pass
+
+
+class Secure(TLSMixIn, ThreadingTCPServer):
+    tls_cert = "chain.pem"
+    tls_key = pathlib.Path("key.pem")
+    alpn_protocols = ("h2", "http/1.1")
+    handshake_timeout = 5.0
+
+    def renew(self) -> None:
+        self.reload_certificates()
+
+
+class SecureWeb(TLSMixIn, fastserve.GreenletMixIn, http.server.HTTPServer):
+    ssl_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+
+
+class SecureForking(TLSMixIn, ForkingMixIn, TCPServer):
+    handshake_timeout = None
 
 
 class Limited(UDPServer):

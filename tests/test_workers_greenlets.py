@@ -22,7 +22,7 @@ import pytest
 
 import fastserve
 from fastserve import _backend
-from fastserve._loop import State
+from fastserve._loop import Loop, State
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 
 pytest.importorskip("greenlet", reason="greenlets need the package greenlet")
@@ -55,6 +55,22 @@ def server_of(handler: Any, **attributes: Any) -> fastserve.GreenletTCPServer:
 def handling(function: Callable[[Any], None], base: type = socketserver.BaseRequestHandler) -> Any:
     """Return a handler class whose ``handle()`` is ``function``."""
     return type("Handler", (base,), {"handle": function})
+
+
+@pytest.mark.parametrize("kind", ["mix-in", "patched"])
+def test_a_listener_that_cannot_be_accepted_from_is_left_alone(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "patched":
+            stack.enter_context(fastserve.patched("greenlet"))
+            server: Any = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Lines)
+        else:
+            server = server_of(Lines)
+        stack.enter_context(serving(server))
+        assert talk(server.server_address, b"a\n") == b"A\n"
+        server.socket.shutdown(socket.SHUT_RDWR)
+        (loop,) = State.of(server).loops
+        wait_until(lambda: isinstance(loop, Loop) and loop._backoff.pause > 0)
+    assert "cannot accept on" in capfd.readouterr().err
 
 
 def test_clients_that_stay_are_served_in_turn_by_one_thread() -> None:

@@ -7,9 +7,11 @@ import functools
 import socket
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import trustme
+from cryptography import x509
 
 from support import LIMIT
 
@@ -30,6 +32,39 @@ def server_context(*names: str, **attributes: Any) -> ssl.SSLContext:
     for name, value in attributes.items():
         setattr(context, name, value)
     return context
+
+
+def write_certificate(directory: Path, *names: str, stem: str = "server") -> tuple[Path, Path]:
+    """Write a new certificate with these names, and its key, into files; return their paths.
+
+    Files of that name are replaced at once, as who renews certificates does it.
+    """
+    issued = authority().issue_cert(*(names or (NAME, "127.0.0.1", "localhost")))
+    paths = directory / f"{stem}.pem", directory / f"{stem}.key"
+    for path, pems in zip(paths, (issued.cert_chain_pems, [issued.private_key_pem]), strict=True):
+        new = path.with_suffix(f"{path.suffix}.new")
+        new.write_bytes(b"".join(pem.bytes() for pem in pems))
+        new.replace(path)
+    return paths
+
+
+def write_authority(directory: Path) -> Path:
+    """Write the certificate of the authority into a file; return its path."""
+    path = directory / "authority.pem"
+    authority().cert_pem.write_to_path(str(path))
+    return path
+
+
+def serial_of(path: Path) -> str:
+    """Return the serial number of the certificate in a file, as ``getpeercert()`` tells it."""
+    return f"{x509.load_pem_x509_certificate(path.read_bytes()).serial_number:X}"
+
+
+def serial_at(client: ssl.SSLSocket) -> str:
+    """Return the serial number of the certificate that the server has shown to a client."""
+    certificate = client.getpeercert()
+    assert certificate is not None
+    return str(certificate["serialNumber"]).lstrip("0")
 
 
 def client_context(certificate: bool = False, **attributes: Any) -> ssl.SSLContext:

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 from fastserve._backend import implementation
 from fastserve._version import __version__
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.limits import LimitsMixIn
 from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import BaseServer, TCPServer, UDPServer
+from fastserve.sockets import from_socket
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
+from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
 from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
@@ -54,15 +57,18 @@ __extensions__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LimitsMixIn",
     "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
     "__version__",
     "create_connection",
+    "from_socket",
     "implementation",
     "patch",
     "patched",
@@ -80,12 +86,14 @@ __all__ = [
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
+    "LimitsMixIn",
     "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
     "StreamRequestHandler",
     "TCPServer",
+    "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
@@ -95,6 +103,7 @@ __all__ = [
     "UDPServer",
     "__version__",
     "create_connection",
+    "from_socket",
     "implementation",
     "patch",
     "patched",

@@ -448,7 +448,7 @@ STATE: Final = "_fastserve_state"  # the key in the server's __dict__
 class State:
     """What a server remembers of its loops. It is made lazily: ``__init__`` may have been mocked away."""
 
-    __slots__ = ("connections", "datagrams", "hubs", "loops", "opened", "shut_down")
+    __slots__ = ("connections", "datagrams", "hubs", "loops", "opened", "shut_down", "socket_file")
 
     def __init__(self) -> None:
         self.loops: list[Loop | SelectorLoop] = []  # those that run, one for each thread in serve_forever
@@ -457,6 +457,7 @@ class State:
         self.connections = 0  # that run in greenlets, where their number is limited
         self.opened: Callable[[Loop | SelectorLoop], None] | None = None  # called with each loop that begins to wait
         self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams
+        self.socket_file: Any = None  # that server_close() is to remove: sockets.SocketFile
 
     @staticmethod  # the bound method of a class method is one object more, in the turn of a forking server too
     def of(server: Any) -> State:

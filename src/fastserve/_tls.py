@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastserve import _green_py, _waiting, tls
+from fastserve import _backend, _green_py, _waiting, tls
 
 _plain: Any = socket.socket
 _cooperative_plain: Any = _green_py.Connection
@@ -266,28 +266,15 @@ class _Unfinished(ssl.SSLSocket):
         vars(self)["_sslobj"] = value
 
     def do_handshake(self, block: bool = False) -> None:
-        self._finish()
-        self.do_handshake(block)  # that of the other class, which it has from now on
-
-    def _finish(self) -> float | None:
-        """Become what it is to be, and return how many seconds the handshake may take, which is next."""
         self.__class__ = self._finished
-        limit: float | None = vars(self).pop("_handshake_timeout", None)
-        before = vars(self).pop("_before_handshake", None)
-        if before is not None:
-            before(self)
-        return limit
+        vars(self).pop(tls.HANDSHAKE_LIMIT, None)
+        _call_before(self)
+        self.do_handshake(block)  # that of the other class, which it has from now on
 
     def finish_handshake(self) -> None:
         """Do the handshake, in the time that the server allows."""
-        limit = self._finish()
-        timeout = self.gettimeout()
-        self.settimeout(min(limit, timeout) if limit and timeout else limit or timeout or None)
-        try:
-            self.do_handshake()
-        finally:
-            if _plain.fileno(self) >= 0:
-                self.settimeout(timeout)
+        self.__class__ = self._finished
+        handshake_in_time(self)
 
 
 class _UnfinishedCooperative(_Unfinished, Connection):
@@ -296,16 +283,44 @@ class _UnfinishedCooperative(_Unfinished, Connection):
 
 tls.unfinished.update((_Unfinished, _UnfinishedCooperative))
 
+_BEFORE: Final = "_fastserve_before_handshake"  # the key in the __dict__ of a connection: what to call first
+
+_UNFINISHED_OF: Final[dict[type, type]] = {ssl.SSLSocket: _Unfinished, Connection: _UnfinishedCooperative}
+
 
 def postpone_handshake(request: Any, limit: float | None, before: Callable[[Any], object] | None = None) -> None:
     """Let the handshake of a connection be done later, within ``limit`` seconds (``None``: endless).
 
+    One of a class that is not known, of a derived context or of gevent, does not do it by itself when it is first used.
+
     :param before: called with the connection when the handshake is next.
     """
-    request.__class__ = _UnfinishedCooperative if type(request) is Connection else _Unfinished
-    request._handshake_timeout = limit
+    vars(request)[tls.HANDSHAKE_LIMIT] = limit
     if before is not None:
-        request._before_handshake = before
+        vars(request)[_BEFORE] = before
+    unfinished = _UNFINISHED_OF.get(type(request))
+    if unfinished is not None and not _backend.monkey_patched():
+        request.__class__ = unfinished
+
+
+def _call_before(request: Any) -> None:
+    """Do what is to be done before the handshake of a connection, which is next."""
+    before = vars(request).pop(_BEFORE, None)
+    if before is not None:
+        before(request)
+
+
+def handshake_in_time(request: Any) -> None:
+    """Do the handshake that was postponed, in the time that it may take."""
+    limit: float | None = vars(request).pop(tls.HANDSHAKE_LIMIT, None)
+    _call_before(request)
+    timeout = request.gettimeout()
+    request.settimeout(min(limit, timeout) if limit and timeout else limit or timeout or None)
+    try:
+        request.do_handshake()
+    finally:
+        if request.fileno() >= 0:
+            request.settimeout(timeout)
 
 
 def receive_plain(request: Any, size: int, flags: int = 0) -> bytes:

@@ -144,6 +144,7 @@ def _greenlet_functions() -> dict[str, Any]:
         self._threads.join()
         _reuse.end_idle_threads()
 
+    server.own_get_requests.add(of_greenlets["get_request"])
     for name in of_greenlets.keys() - of_threads.keys() - {"get_request"}:
         of_greenlets[name] = _unless_asked_otherwise(of_greenlets[name])
     if _backend.turns is not None:

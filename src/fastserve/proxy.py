@@ -164,7 +164,7 @@ class ProxyProtocolMixIn:
 
     def _before_handshake(self, request: Any, client_address: Any) -> None:
         """Read the header of a connection with TLS, whose handshake is next: see :func:`fastserve.tls.accept`."""
-        if _receive_header(self, request, client_address) is None:
+        if proxy_info(request) is None and _receive_header(self, request, client_address) is None:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
 
 

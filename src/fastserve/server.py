@@ -13,7 +13,7 @@ import socketserver
 from collections.abc import Callable
 from typing import Any, Final, Self
 
-from fastserve import _backend, datagrams, pollers, tls
+from fastserve import _backend, datagrams, pollers, sockets, tls
 from fastserve._loop import (
     STATE,
     Loop,
@@ -279,6 +279,22 @@ class TCPServer(BaseServer, socketserver.TCPServer):
     :cvar request_queue_size: connections that the kernel keeps until they are accepted, 5 by default; listen(2).
     :cvar allow_reuse_address: whether the listener is bound with ``SO_REUSEADDR``, ``False`` by default.
     :cvar allow_reuse_port: whether an IP listener is bound with ``SO_REUSEPORT``, ``False`` by default.
+    :cvar dual_stack: whether a listener for IPv6 takes IPv4 too (``IPV6_V6ONLY`` is 0, ipv6(7)), ``False`` by default.
+        It is for ``address_family = socket.AF_INET6``. The address of an IPv4 client is ``::ffff:`` and its own.
+    :cvar tcp_nodelay: whether connections have ``TCP_NODELAY``, ``False`` by default. On Linux it is set for the
+        listener, from which they inherit it, tcp(7); elsewhere for each connection.
+    :cvar keepalive: ``True`` or ``False``, whether connections have ``SO_KEEPALIVE``, socket(7); ``(idle, interval,
+        count)``, with these times in whole seconds and this many probes; ``None``, the default, leaves it as it is.
+        It is inherited likewise.
+    :cvar socket_mode: the permissions of the file of a Unix socket, such as ``0o660``; ``None``, the default, leaves
+        it to the umask. The socket cannot be connected to while the file has more of them.
+    :cvar socket_owner: the owner of that file, a pair ``(user, group)``, each a number, a name, or ``None`` for what it
+        is; ``None`` by default.
+    :cvar remove_stale_socket: whether a Unix socket that is left over at the address is removed before the listener is
+        bound, ``False`` by default. It is left over if it refuses a connection, which is tried. Servers with this
+        option that start together are kept apart by a lock on the directory, flock(2).
+    :cvar unlink_on_close: whether :meth:`server_close` removes the file of a Unix socket, ``False`` by default; only
+        the one that this server has made, and in the process that has made it.
     :ivar socket: the listener. It may be replaced, also by an object that is not a ``socket.socket``.
     """
 
@@ -292,6 +308,20 @@ class TCPServer(BaseServer, socketserver.TCPServer):
 
     allow_reuse_port = False
 
+    dual_stack = False
+
+    tcp_nodelay = False
+
+    keepalive: bool | tuple[int, int, int] | None = None
+
+    socket_mode: int | None = None
+
+    socket_owner: tuple[int | str | None, int | str | None] | None = None
+
+    remove_stale_socket = False
+
+    unlink_on_close = False
+
     def __init__(
         self,
         server_address: Any,
@@ -304,16 +334,25 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         :param RequestHandlerClass: any callable that takes ``(request, client_address, server)``.
         :param bind_and_activate: whether to call :meth:`server_bind` and :meth:`server_activate`.
         :raises OSError: if the address cannot be had. The listener is closed then.
+        :raises ValueError: if an option of the listener has a value that does not fit. Likewise.
         """
         BaseServer.__init__(self, server_address, RequestHandlerClass)
         self.socket = _std.socket.socket(self.address_family, self.socket_type)
         if bind_and_activate:
             try:
+                sockets.prepare(self)
                 self.server_bind()
                 self.server_activate()
             except:
                 self.server_close()
                 raise
+
+    @classmethod
+    def from_socket(
+        cls, sock: socket.socket | int, RequestHandlerClass: Callable[[Any, Any, Self], Any], **options: Any
+    ) -> Self:
+        """Return a server on a listener that is there already: see :func:`fastserve.from_socket`."""
+        return sockets.from_socket(cls, sock, RequestHandlerClass, **options)
 
     def server_bind(self) -> None:
         """Bind the listener, and set :attr:`server_address` to the address that it got. May be overridden."""
@@ -327,7 +366,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
             and self.address_family in (names.AF_INET, names.AF_INET6)
         ):
             self.socket.setsockopt(names.SOL_SOCKET, names.SO_REUSEPORT, 1)
-        self.socket.bind(self.server_address)
+        sockets.bind(self)
         self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
@@ -336,8 +375,11 @@ class TCPServer(BaseServer, socketserver.TCPServer):
 
     def server_close(self) -> None:
         """Close the listener. May be extended."""
-        self.socket.close()
-        datagrams.drop(self)
+        try:
+            sockets.unlink(self)
+        finally:
+            self.socket.close()
+            datagrams.drop(self)
 
     def fileno(self) -> int:
         """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""
@@ -426,7 +468,8 @@ class UDPServer(TCPServer, socketserver.UDPServer):
         """Do nothing: a datagram holds nothing to release."""
 
 
-_OWN_GET_REQUEST: Final = frozenset({TCPServer.get_request, UDPServer.get_request})
+# What a failed get_request is known to mean: that accept(2) has failed.
+own_get_requests: Final[set[Any]] = {TCPServer.get_request, UDPServer.get_request}
 
 # Those of mix-ins that call the next one wherever its errors are those of accept(2).
 passing_get_requests: Final[set[Callable[..., Any]]] = set()
@@ -458,7 +501,7 @@ def _accept_failed(server: Any, error: OSError) -> None:
     """Tell the loop of the calling thread, if it runs one, what ``get_request`` of ``server`` has raised."""
     loop = State.of(server).own_loop()
     if loop is not None:
-        loop.accept_failed(error, _get_request_of(server) in _OWN_GET_REQUEST)
+        loop.accept_failed(error, _get_request_of(server) in own_get_requests)
 
 
 def _get_request_of(server: Any) -> Any:

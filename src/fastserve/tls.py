@@ -1,8 +1,9 @@
-"""TLS by the stdlib's recipe: ``server.socket = context.wrap_socket(server.socket, server_side=True)``.
+"""Connections with TLS, and who does their handshake: behind ``tls_mixin``, and for the stdlib's recipe.
 
-``accept()`` of such a listener does the handshake too, so that in the stdlib one silent client stalls all others.
-Here the loop accepts only, and whoever handles the request does the handshake first: the thread, the greenlet, the
-forked child. This module is imported by every server; the module ``ssl`` is imported with the first such listener.
+The recipe is ``server.socket = context.wrap_socket(server.socket, server_side=True)``. ``accept()`` of such a listener
+does the handshake too, so that in the stdlib one silent client stalls all others. Here the loop accepts only, and
+whoever handles the request does the handshake first: the thread, the greenlet, the forked child. This module is
+imported by every server; the module ``ssl`` is imported with the first such listener.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from fastserve import _backend
 _MARK: Final = "_fastserve_failed_handshake"
 
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
+
+# The key in the __dict__ of a connection whose handshake is to be done: how many seconds it may take.
+HANDSHAKE_LIMIT: Final = "_fastserve_handshake_timeout"
 
 # The classes of connections whose handshake is to be done.
 unfinished: Final[set[type]] = set()
@@ -70,29 +74,61 @@ def accept(server: Any, cooperative: bool) -> tuple[Any, Any]:
     from fastserve import _tls
 
     plain, address = socket.socket.accept(listener)
-    try:
-        request = listener.context.wrap_socket(
-            plain,
-            server_side=True,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=listener.suppress_ragged_eofs,
-        )
-    except OSError as error:
-        # Whatever it is, it is this connection that has failed, and not the listener.
-        raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED)) from error
-    finally:
-        plain.close()  # it has given up its descriptor, unless that failed
+    request = _without_handshake(plain, listener.context, listener.suppress_ragged_eofs)
     request.do_handshake_on_connect = listener.do_handshake_on_connect
     if cooperative:
         _tls.make_cooperative(request)
     if listener.do_handshake_on_connect:
-        before = getattr(server, "_before_handshake", None)
-        _tls.postpone_handshake(
-            request,
-            getattr(server, "handshake_timeout", HANDSHAKE_TIMEOUT),
-            before and functools.partial(before, client_address=address),
-        )
+        _tls.postpone_handshake(request, _handshake_timeout(server), _before_handshake(server, address))
     return request, address
+
+
+def wrap(server: Any, plain: Any, client_address: Any, context: Any, cooperative: bool) -> Any:
+    """Make an accepted connection one with TLS, whose handshake is to be done, by who calls :func:`is_ready` first.
+
+    A method ``_before_handshake`` of the server is called as by :func:`accept`.
+
+    :param plain: the connection, which is closed.
+    :param context: an ``ssl.SSLContext``, maybe of a derived class.
+    :param cooperative: whether the connection is to wait in the hub of the calling thread.
+    :raises ConnectionAbortedError: if it has been given up already.
+    """
+    from fastserve import _tls
+
+    request = _without_handshake(plain, context, True)
+    request.do_handshake_on_connect = True
+    if cooperative:
+        make_cooperative(request)
+    _tls.postpone_handshake(request, _handshake_timeout(server), _before_handshake(server, client_address))
+    return request
+
+
+def _without_handshake(plain: Any, context: Any, suppress_ragged_eofs: bool) -> Any:
+    """Return a connection with TLS in the place of ``plain``, before the handshake."""
+    try:
+        return context.wrap_socket(
+            plain, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=suppress_ragged_eofs
+        )
+    except OSError as error:
+        # Whatever it is, it is this connection that has failed, and not the listener.
+        raise aborted() from error
+    finally:
+        plain.close()  # it has given up its descriptor, unless that failed
+
+
+def aborted() -> ConnectionAbortedError:
+    """Return what tells the loop that a connection has failed."""
+    return ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+
+
+def _handshake_timeout(server: Any) -> float | None:
+    timeout: float | None = getattr(server, "handshake_timeout", HANDSHAKE_TIMEOUT)
+    return timeout
+
+
+def _before_handshake(server: Any, client_address: Any) -> Callable[[Any], object] | None:
+    before = getattr(server, "_before_handshake", None)
+    return before and functools.partial(before, client_address=client_address)
 
 
 def _has_finisher(server: object) -> bool:
@@ -106,6 +142,21 @@ def finish_handshake(request: Any) -> bool:
     """
     try:
         request.finish_handshake()
+    except OSError:
+        return False
+    return True
+
+
+def is_ready(request: Any) -> bool:
+    """Return whether a request may be handled. A handshake that :func:`wrap` has left to do is done first."""
+    if type(request) in unfinished:
+        return finish_handshake(request)
+    if HANDSHAKE_LIMIT not in getattr(request, "__dict__", ()):
+        return True
+    from fastserve import _tls
+
+    try:
+        _tls.handshake_in_time(request)
     except OSError:
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import gevent.monkey
@@ -9,7 +10,6 @@ import gevent.monkey
 if sys.argv[2] == "before":
     gevent.monkey.patch_all()
 
-import socket  # noqa: E402
 
 from isolated import harness  # noqa: E402
 
@@ -57,6 +57,17 @@ for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
         client = gevent.spawn(talk, server.server_address, b"hello\n")
         server.handle_request()
         assert client.get() == b"hello\n"
+
+
+# A handler that waits for its client does so in a greenlet too.
+with module.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server, gevent.Timeout(60):
+    serving = gevent.spawn(server.serve_forever, POLL_INTERVAL)
+    with socket.create_connection(server.server_address) as late:
+        gevent.sleep(0.05)
+        late.sendall(b"late\n")
+        assert late.recv(10) == b"late\n"
+    server.shutdown()
+    serving.get()
 
 
 class Slow(module.StreamRequestHandler):  # type: ignore[misc, name-defined]

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import fastserve
+from fastserve.cli import listening, tls
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
@@ -29,7 +30,9 @@ The first line on standard output tells the address, in the form that --bind tak
 Ctrl-C (SIGINT) and SIGTERM stop the server at once, with exit status 0. Requests that
 still run are cut off, also those of idle clients: threads end with the process, children
 get SIGTERM, a handler in the loop gets KeyboardInterrupt, one in a greenlet GreenletExit.
-A Unix socket's file is removed.
+The file of a Unix socket is removed, unless it came from outside.
+
+If NOTIFY_SOCKET is set, systemd is told READY=1 when the server serves, and STOPPING=1.
 
 With --workers SIGTERM lets requests that run end first, within --grace seconds; a second
 one cuts them off. SIGHUP replaces the processes one by one, and no client notices.
@@ -37,7 +40,9 @@ one cuts them off. SIGHUP replaces the processes one by one, and no client notic
 examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
   fastserve serve clock.py:Handler --bind 127.0.0.1:3700 --udp --worker sync
-  fastserve serve http.server:SimpleHTTPRequestHandler --bind unix:/tmp/files.sock
+  fastserve serve echo.py:Handler --bind unix:/tmp/echo.sock --socket-mode 660
+  fastserve serve echo.py:Handler --bind systemd:echo
+  fastserve serve http.server:SimpleHTTPRequestHandler --tls-cert chain.pem --tls-key key.pem
   fastserve serve echo.py:Handler --worker greenlet --workers 4
 """
 
@@ -49,9 +54,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "any callable that takes (request, client_address, server), such as a handler class; HANDLER may be dotted, \
         as Outer.Handler. MODULE is looked for in the current directory first"
     parser.add_argument("target", metavar="MODULE:HANDLER | FILE.py:HANDLER", help=help)
-    help = "HOST:PORT, [IPV6]:PORT or unix:PATH (default: %(default)s). Port 0 lets the kernel choose; an empty HOST \
-        means all IPv4 interfaces"
-    parser.add_argument("--bind", metavar="ADDRESS", default="127.0.0.1:8000", help=help)
+    listening.add_address(parser)
     help = "serve datagrams, UDP or of a Unix socket (default: connections)"
     parser.add_argument("--udp", action="store_true", help=help)
     help = "what runs the handler: sync, the loop itself, one request after the other; threads, a thread for each \
@@ -66,6 +69,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--workers", metavar="N", type=positive, help=help)
     help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
     parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
+    help = "connections at a time from one address; further ones are closed (default: no limit)"
+    parser.add_argument("--max-connections-per-client", metavar="N", type=positive, help=help)
+    help = "seconds that a handler has; its connection is shut down then (default: no limit)"
+    parser.add_argument("--request-timeout", metavar="SECONDS", type=positive, help=help)
+    help = "seconds that a client may take for each read and write (default: no limit)"
+    parser.add_argument("--idle-timeout", metavar="SECONDS", type=positive, help=help)
     help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
         for each request; debug, also clients that have gone (default: only what handlers raise, as tracebacks)"
     parser.add_argument("--log-level", choices=("error", "info", "debug"), help=help)
@@ -78,6 +87,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "bind with SO_REUSEADDR: for TCP, at once after an earlier server has stopped; for UDP, beside others that \
         do the same (default: yes for TCP, no for UDP)"
     parser.add_argument("--reuse-address", action=argparse.BooleanOptionalAction, help=help)
+    listening.add_options(parser)
+    tls.add_options(parser)
     parser.set_defaults(command=run, parser=parser)
 
 
@@ -89,38 +100,36 @@ def run(args: argparse.Namespace) -> int:
         (not args.udp and args.max_packet_size, "--max-packet-size is for datagrams: only with --udp"),
         (is_unix and args.reuse_address is not None, "--reuse-address is not for a Unix socket"),
         (is_unix and not hasattr(socket, "AF_UNIX"), "this system has no Unix sockets"),
+        *listening.wrong(args),
         (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
         (args.max_connections and args.worker != "greenlet", "--max-connections is for --worker greenlet"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
         (args.workers and not hasattr(os, "fork"), "--workers: this system has no fork"),
+        (args.udp and args.max_connections_per_client, "--max-connections-per-client is not for --udp"),
+        (args.udp and args.request_timeout, "--request-timeout is not for --udp"),
+        (args.udp and args.idle_timeout, "--idle-timeout is not for --udp"),
         (args.grace and not args.workers, "--grace is for --workers"),
     ):
         if wrong:
             raise UsageError(message)
     if args.worker == "greenlet":
         require_greenlets()
+    tls.check(args)
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"cannot serve on {args.bind}: {getattr(error, 'strerror', None) or error}") from None
-    path = os.path.abspath(args.bind[5:]) if is_unix else None
-    made = os.lstat(path) if path else None
-    try:
-        with server:
-            _serve_until_stopped(server, args)
-    finally:
-        if path and made and os.path.exists(path) and os.path.samestat(made, os.lstat(path)):  # not somebody else's
-            os.unlink(path)
+    except (OSError, ValueError) as error:
+        where = listening.where(args)
+        raise UsageError(f"cannot serve on {where}: {getattr(error, 'strerror', None) or error}") from None
+    with server:
+        _serve_until_stopped(server, args)
     return 0
 
 
 def _resolve(bind: str, kind: socket.SocketKind) -> tuple[int, Any]:
     """Return the address family and the address that ``--bind`` means. Raises ``OSError`` and ``UnicodeError`` too."""
     if bind.startswith("unix:"):
-        if bind == "unix:":
-            raise UsageError("--bind unix:PATH lacks the path")
-        return socket.AF_UNIX, bind[5:]
+        return socket.AF_UNIX, listening.unix_address(bind)
     host, colon, port = bind.rpartition(":")
     if not (colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise UsageError(f"--bind {bind!r} is not HOST:PORT, with a port from 0 to 65535, nor unix:PATH")
@@ -136,8 +145,13 @@ def _resolve(bind: str, kind: socket.SocketKind) -> tuple[int, Any]:
 
 def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
     """Return a listening server of the predefined class that the options name."""
-    family, address = _resolve(args.bind, socket.SOCK_DGRAM if args.udp else socket.SOCK_STREAM)
-    kinds = ("UnixStreamServer", "UnixDatagramServer") if args.bind.startswith("unix:") else ("TCPServer", "UDPServer")
+    inherited = listening.inherited(args)
+    if inherited is None:
+        bind = listening.for_both_kinds_of_ip(args)
+        family, address = _resolve(bind, socket.SOCK_DGRAM if args.udp else socket.SOCK_STREAM)
+    else:
+        family, address = inherited.family, None
+    kinds = ("UnixStreamServer", "UnixDatagramServer") if _is_unix(family) else ("TCPServer", "UDPServer")
     base = getattr(fastserve, WORKERS[args.worker] + kinds[args.udp])
     attributes: dict[str, Any] = {
         "address_family": family,
@@ -149,8 +163,16 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         "block_on_close": args.worker == "fork",
         "max_workers": args.max_workers,
         "max_connections": args.max_connections,
+        **listening.attributes(args),
     }
     bases: tuple[type, ...] = (base,)
+    if args.tls_cert is not None:
+        bases = (fastserve.TLSMixIn, *bases)
+        attributes |= tls.attributes(args)
+    limits = {name: getattr(args, name) for name in ("max_connections_per_client", "request_timeout", "idle_timeout")}
+    if any(limits.values()):
+        bases = (fastserve.LimitsMixIn, *bases)
+        attributes |= limits
     if args.log_level:
         logging = importlib.import_module("logging")
         logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
@@ -158,8 +180,12 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
     if args.workers:
         bases = (fastserve.PreforkMixIn, *bases)
         attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}
-    server: fastserve.TCPServer = type(base.__name__, bases, attributes)(address, handler)
-    return server
+    server_class: type[fastserve.TCPServer] = type(base.__name__, bases, attributes)
+    return server_class(address, handler) if inherited is None else server_class.from_socket(inherited, handler)
+
+
+def _is_unix(family: int) -> bool:
+    return family == getattr(socket, "AF_UNIX", None)
 
 
 def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) -> None:
@@ -179,12 +205,16 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
     else:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, stop)
+        if args.tls_cert is not None:
+            tls.reload_on_hangup(server, in_thread=args.worker in ("sync", "greenlet"))
     with contextlib.suppress(KeyboardInterrupt):
-        kinds = ("unix stream", "unix datagram") if args.bind.startswith("unix:") else ("tcp", "udp")
+        kinds = ("unix stream", "unix datagram") if _is_unix(server.address_family) else ("tcp", "udp")
         processes = f", {args.workers} process{'es' if args.workers > 1 else ''}" if args.workers else ""
-        how = f"{kinds[args.udp]}, {args.worker}{processes}"
+        how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
+        listening.tell_systemd("READY=1")
         server.serve_forever()
+    listening.tell_systemd("STOPPING=1")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for
     for child in getattr(server, "active_children", None) or ():
@@ -199,7 +229,7 @@ def _is_in_greenlet() -> bool:
 
 def _address(server: fastserve.TCPServer) -> str:
     """Return where ``server`` listens, in the form that ``--bind`` takes."""
-    if isinstance(server.server_address, str):
-        return f"unix:{server.server_address}"
+    if isinstance(server.server_address, str | bytes):
+        return listening.unix_name(server.server_address)
     host, port = server.server_address[:2]
     return f"[{host!s}]:{port}" if server.address_family == socket.AF_INET6 else f"{host!s}:{port}"

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 from fastserve._loop import Loop, State, idle_timeout
+from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers import _worker
 
 FIRST_DELAY: Final = 0.1  # seconds until a worker is started again that ended before it was ready; doubled each time
@@ -108,6 +109,7 @@ class Supervisor:
     def _start_missing(self) -> None:
         if self._replaces_all:
             self._replaces_all = False
+            self._reload_certificates()
             self._to_replace.extend(worker for worker in self.workers.values() if worker not in self._to_replace)
         now = time.monotonic()
         taken = {worker.place for worker in self.workers.values() if worker.deadline is None}
@@ -120,6 +122,14 @@ class Supervisor:
             if self.workers.get(old.pid) is old and old.deadline is None:
                 self._start(old.place, old)
                 starting = True
+
+    def _reload_certificates(self) -> None:
+        """Have those that are started from now on serve with the files of this moment: see ``TLSMixIn``."""
+        if isinstance(self.server, TLSMixIn) and self.server.ssl_context is None:
+            try:
+                self.server.reload_certificates()
+            except OSError as error:
+                _say(f"the certificates were not loaded again, and stay what they were: {error}")
 
     def _start(self, place: int, replaces: Worker | None) -> None:
         try:

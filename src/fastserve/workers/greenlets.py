@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from fastserve import _backend, _uncaught, _waiting, tls
 from fastserve._loop import Loop, State
-from fastserve.server import BaseServer, TCPServer, UDPServer
+from fastserve.server import BaseServer, TCPServer, UDPServer, own_get_requests
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
@@ -141,6 +141,8 @@ class GreenletMixIn(ThreadingMixIn):
                 while hub.active and hub.thread.is_alive():
                     hub.thread.join(TICK)
 
+
+own_get_requests.add(GreenletMixIn.get_request)
 
 _PROCESS_REQUEST: Final = GreenletMixIn.process_request
 

@@ -1,7 +1,8 @@
-"""A server with worker processes, for the tests of them: prefork_program.py CLASS ATTRIBUTES
+"""A server in a program of its own, for tests: server_program.py CLASS ATTRIBUTES
 
-CLASS is the class that follows the mix-in, ATTRIBUTES what the server's class has, as JSON. The first line on standard
-output is the address; a line is written for each worker that starts. A handler answers with what it is asked for.
+CLASS is the class that follows ``PreforkMixIn``, ATTRIBUTES what the server's class has, as JSON; with "workers": 0 it
+has no such mix-in. The first line on standard output is the address; a line is written for each worker that starts. A
+handler answers with what it is asked for.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> None:
         handler: Any = Http
     else:
         bases, handler = (getattr(fastserve, name),), Handler
-    bases = (extra, fastserve.PreforkMixIn, *bases)
+    bases = (extra, fastserve.PreforkMixIn, *bases) if options.get("workers") != 0 else bases
     attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
     server = type("Server", bases, attributes)(address if isinstance(address, str) else tuple(address), handler)
     if own_handlers:
