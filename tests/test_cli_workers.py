@@ -14,7 +14,10 @@ import pytest
 from support import wait_until
 from test_cli import address_of, connect, here, started  # noqa: F401
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what the processes are")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what the processes are"),
+]
 
 
 def children_of(pid: int) -> set[int]:

@@ -25,7 +25,10 @@ MODELS = ["ThreadingTCPServer", "ThreadPoolTCPServer"]
 if importlib.util.find_spec("greenlet") is not None:
     MODELS.append("GreenletTCPServer")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and limits another process")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and limits another process"),
+]
 
 
 def processor_seconds(pid: int) -> float:

@@ -25,6 +25,7 @@ SECONDS = 8.0  # of load
 CLIENTS = 4
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what the processes are"),
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed"),
     pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed"),

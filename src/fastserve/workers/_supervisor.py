@@ -55,7 +55,6 @@ class Supervisor:
         self.server = server
         self.workers: dict[int, Worker] = {}  # by process id
         self._serve = serve
-        self._pid = os.getpid()
         self._poll_interval = poll_interval
         self._loop = Loop(server)
         self._count = _worker.count_of(server)
@@ -73,7 +72,6 @@ class Supervisor:
         getattr(server, SHUT_DOWN).clear()
         # From here on shutdown() waits for this call.
         state.loops.append(loop)
-        blocks = _blocks(server)
         try:
             if not getattr(server, FLAG):
                 loop.open()
@@ -86,8 +84,6 @@ class Supervisor:
             try:
                 loop.close()
                 _worker.close_listeners(server, self._listeners)
-                if blocks and server.fileno() >= 0:
-                    os.set_blocking(server.fileno(), True)  # the workers have changed it
             finally:
                 getattr(server, SHUT_DOWN).set()
                 state.loops.remove(loop)
@@ -139,29 +135,28 @@ class Supervisor:
             return
         ours.setblocking(False)
         _flush()
-        # A signal must not come to the worker before it has its own handlers.
+        # A signal must not come to the worker before it has its own handlers, nor here before the worker is known.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _worker.SIGNALS)
         try:
             pid = os.fork()
+            if pid == 0:
+                # An end of the parent that is open anywhere would keep a worker from seeing that its parent is gone.
+                parents = [ours, *(worker.control for worker in self.workers.values())]
+                _worker.run(
+                    self.server, self._serve, self._poll_interval, theirs, place, self._listeners, self._loop, parents,
+                    mask,
+                )  # fmt: skip
+            theirs.close()
+            worker = Worker(pid, place, ours, replaces)
+            self.workers[pid] = worker
+            self._loop.watch_child(pid)
+            self._loop.watch(ours.fileno(), lambda: self._hear(worker))
         except OSError as error:
             ours.close()
             theirs.close()
             self._failed(f"cannot start a worker: {error}")
-            return
         finally:
-            if os.getpid() == self._pid:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if pid == 0:
-            # An end of the parent that is open anywhere would keep a worker from seeing that its parent is gone.
-            parents = [ours, *(worker.control for worker in self.workers.values())]
-            _worker.run(
-                self.server, self._serve, self._poll_interval, theirs, place, self._listeners, self._loop, parents, mask
-            )
-        theirs.close()
-        worker = Worker(pid, place, ours, replaces)
-        self.workers[pid] = worker
-        self._loop.watch_child(pid)
-        self._loop.watch(ours.fileno(), lambda: self._hear(worker))
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _failed(self, message: str) -> None:
         """Note that a worker could not serve, and wait longer each time until the next is started."""
@@ -318,10 +313,6 @@ class Supervisor:
 
     def _on_hup(self, number: int, frame: FrameType | None) -> None:
         self._replaces_all = True
-
-
-def _blocks(server: Any) -> bool:
-    return bool(server.fileno() >= 0 and os.get_blocking(server.fileno()))
 
 
 def _send(worker: Worker, number: int) -> None:

@@ -72,7 +72,8 @@ if hasattr(os, "fork"):
         def serve_forever(self, poll_interval: float = 0.5) -> None:
             """Have the workers handle requests until :meth:`shutdown`, which any thread of the parent may call.
 
-            A handler that calls ``shutdown()`` ends the workers too. ``service_actions()`` is called by the loop of
+            The listener does not block any more then, nor afterwards: other processes may share it. A handler that
+            calls ``shutdown()`` ends the workers too. ``service_actions()`` is called by the loop of
             each worker, and by this one.
 
             :raises ValueError: if :attr:`workers` is less than 1, or the server is closed.
