@@ -92,7 +92,7 @@ def test_nothing_is_monkey_patched_normally() -> None:
     assert _backend.monkey_patched() is False
 
 
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_build_that_refuses_extensions_has_none_and_fits_every_platform(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     if not (ROOT / "setup.py").exists():

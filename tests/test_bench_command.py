@@ -240,7 +240,7 @@ def test_each_worker_model_is_compared_with_its_counterpart(here: Path) -> None:
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_pool_is_compared_with_the_stdlibs_threads_and_has_as_many_threads_as_asked_for(here: Path) -> None:
     _, found = figures("handlers:OneAnswer", "--worker", "threadpool", "--max-workers", "2", servers=2)
     assert found["servers"]["fastserve threadpool"]["reference"] == "stdlib threads"
@@ -248,7 +248,7 @@ def test_a_pool_is_compared_with_the_stdlibs_threads_and_has_as_many_threads_as_
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_pool_of_kept_connections_is_said_to_serve_as_many_as_it_has_threads(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "threadpool", "--max-workers", "2", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -256,7 +256,7 @@ def test_a_pool_of_kept_connections_is_said_to_serve_as_many_as_it_has_threads(h
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> None:
     done = bench("handlers.py:Lines", "--worker", "sync", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -267,7 +267,7 @@ def test_a_sync_server_of_kept_connections_is_said_to_serve_one(here: Path) -> N
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_answers_may_be_told_by_their_size(here: Path) -> None:
     (here / "request.bin").write_bytes(b"\0\xff\nsome\n")
     _, found = figures(f"{EXAMPLE}:Echo", "--send", "@request.bin", "--until", "8")
@@ -291,7 +291,7 @@ def test_answers_may_end_with_the_connection_and_have_the_time_in_them(here: Pat
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
     shown, found = figures("handlers.py:Varies")
     assert not found["answers_compared"]
@@ -299,7 +299,7 @@ def test_answers_that_differ_each_time_are_not_compared(here: Path) -> None:
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_handler_that_prints_does_not_stand_still(here: Path) -> None:
     _, found = figures("handlers.py:Prints")
     assert all(one["requests"] for server in found["servers"].values() for one in server["rounds"])
@@ -318,7 +318,7 @@ def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 @pytest.mark.parametrize("rich", [True, False])
 def test_a_terminal_with_rich_has_a_bar(here: Path, rich: bool) -> None:
     if rich and importlib.util.find_spec("rich") is None:
@@ -348,14 +348,14 @@ needs_matplotlib = pytest.mark.skipif(not HAVE_MATPLOTLIB, reason="matplotlib is
 
 @needs_load
 @needs_matplotlib
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_plot_is_drawn_as_png(of_lines: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     assert (of_lines[1] / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_load
 @needs_matplotlib
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_plot_is_drawn_as_svg(here: Path) -> None:
     done = bench("handlers.py:Lines", *QUICK, "--plot", "figures.svg")
     assert done.returncode == 0, done.stderr
@@ -374,7 +374,7 @@ def test_an_encoding_without_the_micro_sign_is_no_obstacle(
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -416,7 +416,7 @@ def test_a_handler_that_does_not_work_is_told_of_and_not_timed(here: Path, argum
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "handler, problem", [("Changes", r"wrong answers: [\d,]+ of [\d,]+"), ("FallsSilent", "no answers")]
 )
@@ -432,7 +432,7 @@ def test_a_server_that_answers_wrongly_under_load_has_no_figures(here: Path, han
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 def test_a_handler_that_raises_at_times_has_errors_and_a_note(here: Path) -> None:
     done = bench("handlers.py:RaisesAtTimes", *QUICK, "--json", "figures.json")
     assert done.returncode == 0, done.stderr
@@ -456,7 +456,7 @@ def test_an_error_in_the_module_of_the_handler_is_shown_as_python_shows_it(here:
 
 
 @needs_load
-@pytest.mark.once
+@pytest.mark.alone
 @pytest.mark.parametrize("moment", ["This takes", "round 1"])
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_everything(here: Path, moment: str, signum: signal.Signals, status: int) -> None:

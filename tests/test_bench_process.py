@@ -19,7 +19,7 @@ from fastserve.bench import process
 from fastserve.bench.process import ServerFailed, ServerProcess
 from support import open_descriptors, wait_until
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.alone
 
 if sys.platform != "linux":
     pytest.skip("the processes are measured through /proc", allow_module_level=True)

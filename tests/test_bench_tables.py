@@ -25,7 +25,7 @@ import works  # noqa: E402
 # A library of the plots would start a thread for each processor, to the end of this process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.alone
 
 MACHINE = {
     "cpu": "a processor",

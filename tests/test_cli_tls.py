@@ -32,6 +32,8 @@ from tls_support import (  # noqa: E402
     write_certificate,
 )
 
+pytestmark = pytest.mark.once
+
 HANDLERS = """
 import fastserve
 

@@ -90,7 +90,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.once
+@pytest.mark.alone
 def test_ten_thousand_connections_are_served(many_descriptors: int) -> None:
     count = min(10_000, many_descriptors - open_descriptors() - 200)
     if count < 2_000:

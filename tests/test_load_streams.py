@@ -25,7 +25,7 @@ from load_support import (
 )
 from support import open_descriptors, wait_until
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.alone
 
 
 def test_requests_are_those_that_the_server_answered() -> None:

@@ -21,6 +21,8 @@ import proxy_support as headers
 from fastserve._proxy_protocol import LONGEST_V1, SHORTEST, ProxyInfo, ProxyProtocolError, ProxySSL, crc32c, parse
 from proxy_support import LOCAL, PROXY, V1, V1_CLIENT, V2, binary, ipv4, ipv6, tlv, unix, with_checksum
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SOURCE, DESTINATION = ("192.0.2.7", 56324), ("198.51.100.1", 443)

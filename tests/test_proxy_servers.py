@@ -31,6 +31,8 @@ from fastserve import server as server_module
 from proxy_support import LOCAL, V1, V1_CLIENT, V2, V2_LOCAL, binary, ipv4, ipv6, tlv, unix, with_checksum
 from support import LIMIT, open_descriptors, serving, wait_until
 
+pytestmark = pytest.mark.once
+
 ADDRESS = ("127.0.0.1", 0)
 
 WORKERS = ["Threading", "ThreadPool"]

@@ -29,6 +29,8 @@ from test_proxy_servers import ADDRESS, FORKING, WORKERS, Failures, class_of, re
 from test_proxy_servers import Tell as Plain  # noqa: E402
 from tls_support import NAME, client_context, end, server_context, wrapped  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 
 class Tell(socketserver.StreamRequestHandler):
     """Answer each line with it, and what the handler knows of its client."""

@@ -28,6 +28,8 @@ from children import FORK_BESIDE_THREADS
 from fastserve import sockets
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 
+pytestmark = pytest.mark.once
+
 ADDRESS = ("127.0.0.1", 0)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 needs_greenlet = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed")

@@ -24,6 +24,8 @@ from children import IMPLEMENTATIONS
 from fastserve import systemd
 from support import LIMIT, open_descriptors, talk, wait_until
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "deploy" / "systemd"
 MODULE = [sys.executable, "-m", "fastserve"]

@@ -42,6 +42,8 @@ from tls_support import (  # noqa: E402
     write_certificate,
 )
 
+pytestmark = pytest.mark.once
+
 ADDRESS = ("127.0.0.1", 0)
 
 IN_PROCESS = ["Threading", "ThreadPool"]
