@@ -264,3 +264,22 @@ def test_wrong_options_give_one_line_and_status_2(here: Path, options: str, said
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("fastserve serve: ") and said in failed.stderr
     assert failed.stderr.count("\n") == 1 and "_ssl.c" not in failed.stderr
+
+
+@pytest.mark.skipif("fork" not in WORKERS, reason="no fork here")
+@pytest.mark.parametrize("worker", [worker for worker in WORKERS if worker != "fork"])
+def test_processes_that_are_replaced_have_the_new_certificate(start: Any, here: Path, worker: str) -> None:
+    with start(*FILES, "--worker", worker, "--workers", "2") as process:
+        server = served(process, f"{worker}, 2 processes")
+        first = serial_of(here / "server.pem")
+        assert certificate_of(server) == first
+        write_certificate(here)
+        second = serial_of(here / "server.pem")
+        process.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: [certificate_of(server) for _ in range(8)] == [second] * 8)
+        (here / "server.key").write_bytes(b"")
+        process.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "the certificates were not loaded again, and stay what they were: " in process.errors())
+        assert certificate_of(server) == second
+        process.process.terminate()
+        assert process.end() == ""

@@ -306,3 +306,25 @@ def test_a_listener_whose_handshake_cannot_be_put_off_is_an_error(worker: str) -
         with socket.create_connection(server.server_address, LIMIT):
             thread.join(LIMIT)
     assert raised and "do_handshake_on_connect=False" in raised[0]
+
+
+@pytest.mark.parametrize("first", ["proxy", "tls"])
+def test_the_header_comes_before_the_handshake_of_the_mix_in_too(any_worker: str, first: str) -> None:
+    mixins = [fastserve.ProxyProtocolMixIn, fastserve.TLSMixIn]
+    workers = [getattr(fastserve, f"{any_worker}MixIn")] if any_worker else []
+    bases = (*(mixins if first == "proxy" else mixins[::-1]), *workers, fastserve.TCPServer)
+    server = type("Server", bases, {"ssl_context": server_context()})(ADDRESS, Tell)
+    context = client_context()  # made here, so that no server forks meanwhile
+    with server, serving(server):
+        for _ in range(2):
+            with plain_client(server) as plain:
+                plain.sendall(V1)
+                with context.wrap_socket(plain, server_hostname=NAME) as connection:
+                    connection.sendall(b"hello\n")
+                    with connection.makefile("rb") as lines:
+                        answer = json.loads(lines.readline())
+                    end(connection)  # a forked child has a copy of the client's end
+            assert tuple(answer["client"]) == V1_CLIENT and answer["same"] and answer["tls"].startswith("TLS")
+        with plain_client(server) as plain:
+            plain.sendall(b"no header at all, and more than enough to see that")
+            assert rest_of(plain) == b""
