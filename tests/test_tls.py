@@ -28,7 +28,17 @@ from support import LIMIT, open_descriptors, serving, talk, wait_until
 
 pytest.importorskip("trustme")
 
-from tls_support import NAME, ask, authority, client_context, client_of, end, server_context, wrapped  # noqa: E402
+from tls_support import (  # noqa: E402
+    NAME,
+    ask,
+    authority,
+    client_context,
+    client_of,
+    is_ended,
+    server_context,
+    silent_client,
+    wrapped,
+)
 
 ADDRESS = ("127.0.0.1", 0)
 
@@ -65,24 +75,6 @@ def worker(request: pytest.FixtureRequest, impl: str) -> str:
 @pytest.fixture(params=[*WORKERS, *FORKING])
 def any_worker(request: pytest.FixtureRequest, impl: str) -> str:
     return str(request.param)
-
-
-@contextlib.contextmanager
-def silent_client(server: Any) -> Iterator[socket.socket]:
-    """A client that connects and says nothing."""
-    with socket.create_connection(server.server_address, LIMIT) as client:
-        try:
-            yield client
-        finally:
-            end(client)
-
-
-def is_ended(client: socket.socket) -> bool:
-    """Wait until the server has ended a connection. Return ``True``."""
-    with contextlib.suppress(ConnectionError):
-        while client.recv(65536):
-            pass
-    return True
 
 
 # What is the same in the stdlib

@@ -14,7 +14,7 @@ import socketserver
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from tls_support import (  # noqa: E402
     client_context,
     client_of,
     end,
+    is_ended,
     serial_at,
     serial_of,
     server_context,
+    silent_client,
     wrapped,
     write_authority,
     write_certificate,
@@ -112,24 +114,6 @@ def files(tmp_path: Path) -> dict[str, Path]:
     """The attributes of a server with files."""
     cert, key = write_certificate(tmp_path)
     return {"tls_cert": cert, "tls_key": key}
-
-
-@contextlib.contextmanager
-def silent_client(server: Any) -> Iterator[socket.socket]:
-    """A client that connects and says nothing."""
-    with socket.create_connection(server.server_address[:2], LIMIT) as client:
-        try:
-            yield client
-        finally:
-            end(client)
-
-
-def is_ended(client: socket.socket) -> bool:
-    """Wait until the server has ended a connection. Return ``True``."""
-    with contextlib.suppress(ConnectionError):
-        while client.recv(65536):
-            pass
-    return True
 
 
 # What is served

@@ -91,6 +91,24 @@ def end(client: socket.socket) -> None:
 
 
 @contextlib.contextmanager
+def silent_client(server: Any) -> Iterator[socket.socket]:
+    """A client that connects and says nothing."""
+    with socket.create_connection(server.server_address[:2], LIMIT) as client:
+        try:
+            yield client
+        finally:
+            end(client)
+
+
+def is_ended(client: socket.socket) -> bool:
+    """Wait until the server has ended a connection. Return ``True``."""
+    with contextlib.suppress(ConnectionError):
+        while client.recv(65536):
+            pass
+    return True
+
+
+@contextlib.contextmanager
 def client_of(server: Any, context: ssl.SSLContext | None = None, name: str = NAME) -> Iterator[ssl.SSLSocket]:
     """Connect to a server."""
     context = context or client_context()  # before the server begins to wait

@@ -27,7 +27,6 @@ CUT: Final = 1.0  # seconds that a worker has to end when it is to do so at once
 NAP: Final = 0.02  # seconds between two looks at the workers, where the kernel does not tell of their end
 
 SHUT_DOWN: Final = "_BaseServer__is_shut_down"
-FLAG: Final = "_BaseServer__shutdown_request"
 
 
 class Worker:
@@ -73,14 +72,14 @@ class Supervisor:
         # From here on shutdown() waits for this call.
         state.loops.append(loop)
         try:
-            if not getattr(server, FLAG):
+            if not getattr(server, _worker.SHUTDOWN_FLAG):
                 loop.open()
                 loop.hold()  # the workers take the requests
                 self._listeners = _worker.listeners(server, self._count)
                 with self._signals():
                     self._supervise()
         finally:
-            setattr(server, FLAG, False)
+            setattr(server, _worker.SHUTDOWN_FLAG, False)
             try:
                 loop.close()
                 _worker.close_listeners(server, self._listeners)
@@ -91,7 +90,7 @@ class Supervisor:
     def _supervise(self) -> None:
         at_once = True
         try:
-            while not (self._ends or self._loop.stopping or getattr(self.server, FLAG)):
+            while not (self._ends or self._loop.stopping or getattr(self.server, _worker.SHUTDOWN_FLAG)):
                 self._start_missing()
                 self._loop.wait(self._timeout())
                 self._look_after()
@@ -134,7 +133,7 @@ class Supervisor:
             self._failed(f"cannot start a worker: {error}")
             return
         ours.setblocking(False)
-        _flush()
+        _worker.flush()
         # A signal must not come to the worker before it has its own handlers, nor here before the worker is known.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _worker.SIGNALS)
         try:
@@ -331,11 +330,3 @@ def _signal_name(number: int) -> str:
 def _say(message: str) -> None:
     if sys.stderr is not None:
         print(f"fastserve: {message}", file=sys.stderr, flush=True)
-
-
-def _flush() -> None:
-    """Write what is buffered, so that no worker writes it a second time."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
-                stream.flush()

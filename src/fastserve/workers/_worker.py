@@ -180,10 +180,16 @@ def run(
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, it is closed, or unread
-                stream.flush()
+        flush()
         os._exit(status)
+
+
+def flush() -> None:
+    """Write what is buffered: a process that ends at once would lose it, and one that is forked write it again."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
 
 
 def _take_listener(server: Any, place: int, made: list[Any]) -> None:
