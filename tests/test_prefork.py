@@ -173,7 +173,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_left_of_it(impl: str, tmp_pa
         assert sorted(map(int, children.read_text().split())) == sorted(server.workers())  # no zombie
         # One more or less: the parent may not have been done with its last worker when they were counted first.
         wait_until(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= len(before) + 1)
-        assert server.errors().count("was killed by SIGKILL; another one takes its place") == 6
+        # Killed between its line here and its word to the parent, a worker was not ready yet.
+        assert server.errors().count("was killed by SIGKILL") == 6
 
 
 def test_a_worker_that_ends_itself_is_replaced(impl: str, tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_only_what_a_killed_worker_handles_fails(impl: str, tmp_path: Path, seco
         # A worker has at most one request of each client.
         assert len(failed) <= 4 * kills, (failed, kills)
         assert len(answers) > 10 * kills
-        assert server.errors().count("another one takes its place") == kills
+        assert server.errors().count("was killed by SIGKILL") == kills
         # One more or less: the parent may not have been done with its last worker when they were counted first.
         wait_until(lambda: len(os.listdir(f"/proc/{parent}/fd")) <= before + 1)
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
