@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -380,12 +382,65 @@ def sendfile(c: Any) -> Any:
     return found
 
 
+# Small after large, a little more and a little less than before, and more than is received at a time.
+SIZES = (5, 20_000, 20_000, 8_191, 30_000, 30_001, 8_192, 300_000, 1, 9_000, 70_000, 9_000, 0)
+
+
+def messages_of_many_sizes(sock: Any) -> Any:
+    same = []
+    for number, size in enumerate(SIZES):
+        message = random.Random(number).randbytes(size)
+        sock.sendall(message)
+        answer = b""
+        while len(answer) < size:
+            answer += sock.recv(size - len(answer))
+        same.append(answer == message)
+    sock.shutdown(socket.SHUT_WR)
+    return same, read_all(sock)
+
+
+@case(messages_of_many_sizes)
+def echo_whatever_comes(c: Any) -> Any:
+    sizes = 0
+    while data := c.recv(400_000):
+        sizes += len(data)
+        c.sendall(data)
+    return sizes
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_handler_finds_a_connection_as_a_thread_does(impl: str, pair: str, name: str) -> None:
     handle, client = CASES[name]
     model = exchange(pair, handle, client, green=False)
     assert exchange(pair, handle, client, green=True) == model
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_who_waits_after_much_was_received_keeps_no_room_for_more(impl: str, pair: str) -> None:
+    count, size = 20, 60_000
+
+    def handle(connection: Any) -> None:
+        with connection:
+            while connection.recv(400_000):
+                pass
+
+    ends = [PAIRS[pair]() for _ in range(count)]
+    with running() as hub:
+        for ours, theirs in ends:
+            _backend.green().adopt(ours)
+            hub.start(handle, ours)
+            theirs.sendall(bytes(size))
+        tracemalloc.start()
+        try:
+            assert not hub.drain(0.3)  # all of them wait
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            for _, theirs in ends:
+                theirs.close()
+        assert hub.drain(LIMIT)
+    assert kept < count * size / 2
 
 
 def test_an_urgent_mark_holds_nothing_up(impl: str) -> None:

@@ -9,6 +9,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, PyObject
 from libc.errno cimport EAGAIN, EBADF, EINTR
 from libc.string cimport memchr, memcpy, memset
 
@@ -17,7 +18,7 @@ from fastserve cimport _streams
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
 from fastserve._hub cimport (
-    CALL, CORK, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, forget, running_hub, send_all,
+    CALL, CORK, LARGE, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, forget, fs_recv_new, running_hub, send_all,
 )
 from fastserve._sockets cimport descriptor_of, family_of, initialize, new_socket, protocol_of, type_of
 from fastserve._syscalls cimport (
@@ -40,8 +41,11 @@ cdef inline int begin_reading(Hub hub) except -1:
     return 0
 
 
-cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room) except -1:
-    """Receive what there is, waiting for it."""
+cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room, PyObject **made) except -1:
+    """Receive what there is, waiting for it.
+
+    If ``made`` is not NULL and much is expected, it is as ``fs_recv_new`` leaves it.
+    """
     cdef double deadline = -1.0
     cdef Py_ssize_t size
     cdef Slot *slot
@@ -52,7 +56,10 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room)
             raise error_of(EBADF)
         slot = hub.slot_of(connection, fd)
         if not slot.drained or deadline == 0.0:
-            size = fs_recv(fd, data, room, MSG_DONTWAIT)
+            if made != NULL and hub.expected and hub.expected < room:
+                size = fs_recv_new(fd, made, hub.expected, data, room - hub.expected)
+            else:
+                size = fs_recv(fd, data, room, MSG_DONTWAIT)
             if size >= 0:
                 if size < room and size > 0 and not slot.peculiar:
                     slot.drained = True
@@ -68,6 +75,25 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room)
             if deadline == 0.0 and slot.drained:
                 continue  # it must not wait, and may have received something that nobody has heard of yet
         hub.wait_for(connection, fd, False, deadline)
+
+
+cdef bytes received(Hub hub, PyObject *made, Py_ssize_t size):
+    """Return as bytes what :func:`receive` has left in ``made``, which is taken over, and in the scratch."""
+    cdef Py_ssize_t first
+    cdef bytes whole, begin
+    hub.expected = size if size >= LARGE else 0
+    if made == NULL:
+        return PyBytes_FromStringAndSize(hub.scratch, size)
+    begin = <bytes>made
+    Py_DECREF(begin)
+    first = PyBytes_GET_SIZE(begin)
+    if size == first:
+        return begin
+    whole = PyBytes_FromStringAndSize(PyBytes_AS_STRING(begin) if size < first else NULL, size)
+    if size > first:
+        memcpy(PyBytes_AS_STRING(whole), PyBytes_AS_STRING(begin), first)
+        memcpy(PyBytes_AS_STRING(whole) + first, hub.scratch, size - first)
+    return whole
 
 
 cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) except -1:
@@ -111,12 +137,13 @@ cdef class _Green:
 
     def recv(self, bufsize, flags=0, /):
         cdef Hub hub = running_hub()
+        cdef PyObject *made = NULL
         cdef Py_ssize_t size
         if hub is None or flags or type(bufsize) is not int or bufsize <= 0:
             return _PyConnection.recv(self, bufsize, flags)
         begin_reading(hub)
-        size = receive(hub, self, hub.scratch, SCRATCH if bufsize > SCRATCH else <Py_ssize_t>bufsize)
-        return PyBytes_FromStringAndSize(hub.scratch, size)
+        size = receive(hub, self, hub.scratch, SCRATCH if bufsize > SCRATCH else <Py_ssize_t>bufsize, &made)
+        return received(hub, made, size)
 
     def recv_into(self, buffer, nbytes=0, flags=0):
         cdef Hub hub = running_hub()
@@ -137,7 +164,7 @@ cdef class _Green:
                 size = nbytes
             if size == 0:
                 return 0
-            return receive(hub, self, <char *>view.buf, size)
+            return receive(hub, self, <char *>view.buf, size, NULL)
         finally:
             PyBuffer_Release(&view)
 
@@ -333,13 +360,13 @@ cdef class Reader:
         self.opened()
         return 0
 
-    cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room) except -2:
-        """Receive into the scratch of the hub; -1 if nothing is there and the connection does not wait."""
+    cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room, PyObject **made) except -2:
+        """Receive into the scratch of the hub, or new bytes; -1 if nothing is there and the connection does not wait."""
         if self.timed_out:
             raise OSError("cannot read from timed out object")
         begin_reading(hub)
         try:
-            return receive(hub, self.sock, hub.scratch, room)
+            return receive(hub, self.sock, hub.scratch, room, made)
         except BlockingIOError:
             return -1
         except TimeoutError:
@@ -349,10 +376,11 @@ cdef class Reader:
     cdef object receive_bytes(self, Py_ssize_t room):
         """Receive and return bytes; ``None`` if nothing is there and the connection does not wait."""
         cdef Hub hub = running_hub()
+        cdef PyObject *made = NULL
         cdef Py_ssize_t size
         if hub is not None and type(self.sock) is Connection:
-            size = self.receive_some(hub, min(room, SCRATCH))
-            return None if size < 0 else PyBytes_FromStringAndSize(hub.scratch, size)
+            size = self.receive_some(hub, min(room, SCRATCH), &made)
+            return None if size < 0 else received(hub, made, size)
         if self.timed_out:
             raise OSError("cannot read from timed out object")
         try:
@@ -386,7 +414,7 @@ cdef class Reader:
             return b""
         if hub is None or type(self.sock) is not Connection:
             return self.long_line(limit)
-        length = self.receive_some(hub, DEFAULT if limit < 0 else SCRATCH)
+        length = self.receive_some(hub, DEFAULT if limit < 0 else SCRATCH, NULL)
         if length <= 0:
             return b""
         found = <const char *>memchr(hub.scratch, 10, length)

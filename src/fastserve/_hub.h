@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -25,6 +26,27 @@ static inline int fs_watch(int epfd, int operation, int fd, uint32_t events, uin
     event.events = events;
     event.data.u64 = tag;
     return epoll_ctl(epfd, operation, fd, &event) < 0 ? -errno : 0;
+}
+
+/* Receive into new bytes of the expected size, so that nothing has to be copied, and what they have no room for into
+ * rest. The bytes are left in made, unless nothing could be received: it may be long until there is something.
+ * Returns -errno, or -1 after an exception. The buffers of a call that rarely happens would be on the stack of every
+ * connection that waits, were it inlined. */
+static __attribute__((noinline, unused)) ssize_t fs_recv_new(
+    int fd, PyObject **made, Py_ssize_t expected, char *rest, Py_ssize_t size)
+{
+    PyObject *begin = PyBytes_FromStringAndSize(NULL, expected);
+    if (begin == NULL)
+        return -1;
+    struct iovec parts[2] = {{PyBytes_AS_STRING(begin), expected}, {rest, size}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t result = recvmsg(fd, &message, MSG_DONTWAIT);
+    if (result < 0) {
+        result = -errno;
+        Py_DECREF(begin);
+    } else
+        *made = begin;
+    return result;
 }
 
 static inline uint64_t fs_tag(const struct epoll_event *event) { return event->data.u64; }

@@ -1,5 +1,6 @@
 # The greenlet hub, as the connections that wait in it see it.
 
+from cpython.ref cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
 from fastserve._queues cimport Heap, Ring, Timer
@@ -20,9 +21,13 @@ cdef extern from "_hub.h" nogil:
     int fs_watch(int, int, int, uint32_t, uint64_t)
     uint64_t fs_tag(const epoll_event *)
 
+cdef extern from "_hub.h":
+    Py_ssize_t fs_recv_new(int, PyObject **, Py_ssize_t, char *, Py_ssize_t) except? -1
+
 cdef enum:
     MAX_EVENTS = 256  # events taken from the kernel at a time
     SCRATCH = 262144  # bytes received at a time
+    LARGE = 8192  # bytes; what is received is not copied from the scratch from here on
     CORK = 65536  # bytes of replies gathered while requests are left to read
     # What a greenlet may do until it is the turn of others: 32 calls of the kernel that succeed, or 256 reads of what
     # was received already, or 128 KiB received; some 0.3 ms.
@@ -88,6 +93,7 @@ cdef class Hub:
     cdef int budget
     cdef readonly unsigned long owner
     cdef char *scratch
+    cdef Py_ssize_t expected  # bytes that were received last, if LARGE
     cdef char *cork
     cdef Py_ssize_t corked
     cdef object cork_owner
