@@ -361,7 +361,7 @@ cdef class Reader:
         return 0
 
     cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room, PyObject **made) except -2:
-        """Receive into the scratch of the hub, or new bytes; -1 if nothing is there and the connection does not wait."""
+        """Receive into the scratch of the hub, or new bytes; -1: there is nothing, and the connection does not wait."""
         if self.timed_out:
             raise OSError("cannot read from timed out object")
         begin_reading(hub)
