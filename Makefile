@@ -2,6 +2,7 @@
 # make test   build it and run all tests
 # make bench  measure it beside other servers, and write the results, the page Performance and the README's figures
 # make bench-quick  measure the most important of it in under 3 minutes
+# make lint   check the code; make docs builds the documentation as HTML in docs/_build/html
 #
 # All make a virtual environment in .venv. FASTSERVE_NO_EXTENSIONS=1 builds and tests the pure-Python package.
 
@@ -21,8 +22,9 @@ sources := pyproject.toml setup.py $(wildcard src/fastserve/*.pyx src/fastserve/
 built := $(VENV)/.built-$(implementation)
 test_tools := $(VENV)/.test-tools
 bench_tools := $(VENV)/.bench-tools
+docs_tools := $(VENV)/.docs-tools
 
-.PHONY: run test lint bench bench-quick bench-servers clean
+.PHONY: run test lint bench bench-quick bench-servers docs clean
 
 # Unbuffered, so that the address is there at once, also in a pipe.
 run: $(built)
@@ -42,6 +44,9 @@ bench-quick: $(built) $(bench_tools) bench-servers
 # What is not Python: the limit, and the server of Go where there is a compiler of Go.
 bench-servers:
 	$(MAKE) --quiet --directory bench/raw
+
+docs: $(built) $(docs_tools)
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 lint: $(built)
 	$(VENV)/bin/python -m pip install --quiet cython-lint mypy pycodestyle ruff
@@ -67,5 +72,9 @@ $(bench_tools): $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]" uvloop gevent
 	touch $@
 
+$(docs_tools): $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable ".[docs,greenlet]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info src/fastserve/_*.c src/fastserve/_*.so
+	rm -rf $(VENV) build docs/_build dist src/*.egg-info src/fastserve/_*.c src/fastserve/_*.so
