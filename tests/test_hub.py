@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -540,6 +541,31 @@ def test_the_end_frees_greenlets_and_descriptors(impl: str) -> None:
             assert open_descriptors() > descriptors
         assert count() <= before + 1
     assert open_descriptors() == descriptors
+
+
+def test_a_deadline_that_has_not_come_keeps_nothing_alive_after_the_end(impl: str) -> None:
+    class Request:
+        """What a task holds."""
+
+    def handle(request: Request, connection: socket.socket) -> None:
+        assert connection.recv(1) == b"x"
+
+    kept = []
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.settimeout(LIMIT * 100)
+            with running() as hub:
+                _backend.green().adopt(ours)
+                request = Request()
+                hub.server = request  # as a server, which the hub knows
+                hub.start(handle, request, ours)
+                theirs.sendall(b"x")
+                finish(hub)
+            kept.append(weakref.ref(request))
+        del hub, request
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]
 
 
 # Errors and signals

@@ -213,6 +213,9 @@ cdef class Hub:
             task.ending = True
             task.woken = True
             self.switch(self.root, task)
+        while self.timers.count:
+            # Of waits that were over before their deadline: the garbage collector does not see these references.
+            self.drop_top()
         close_descriptor(self.epoll)
         self.epoll = -1
         _waiting.hubs.remove(self)
