@@ -12,6 +12,7 @@ import weakref
 from typing import Any, Final
 
 from fastserve._loop import Loop, State
+from fastserve._order import BeforeServer
 
 _KEY: Final = "_fastserve_limits"  # in the server's __dict__
 
@@ -20,7 +21,7 @@ MANY: Final = 100  # deadlines that are kept at most after their requests, besid
 REST: Final = 10.0  # seconds after which the thread that looks after deadlines ends, if there are none
 
 
-class LimitsMixIn:
+class LimitsMixIn(BeforeServer):
     """Limit connections and the time that they take: ``class Server(LimitsMixIn, ThreadingTCPServer)``.
 
     It is named before the worker mix-in, goes with each of them and over the servers of the stdlib, and is for streams.

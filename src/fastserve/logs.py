@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from fastserve._order import BeforeServer
+
 if TYPE_CHECKING:
     import logging
 
@@ -16,7 +18,7 @@ LOGGER: Final = "fastserve"
 _OF_CLIENTS: Final = (ConnectionError, TimeoutError)
 
 
-class LoggingMixIn:
+class LoggingMixIn(BeforeServer):
     """Tell the logger ``fastserve`` what happens: ``class Server(LoggingMixIn, ThreadingTCPServer)``.
 
     It is named first, goes with every worker model, with :class:`PreforkMixIn`, with datagrams, and over the servers of

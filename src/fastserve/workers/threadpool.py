@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fastserve import _backend, datagrams, pollers
 from fastserve._loop import Loop, State
+from fastserve._order import BeforeServer
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._pool import Limits, Pool, default_workers
@@ -20,7 +21,7 @@ TICK: Final = 0.05  # seconds between two looks at the flag, while a loop's thre
 _SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
 
 
-class ThreadPoolMixIn(ThreadingMixIn):
+class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
     """Handle requests in threads that are used again: ``class Server(ThreadPoolMixIn, TCPServer)``.
 
     A thread is started when a request comes and all others are busy, up to :attr:`max_workers`; then requests are
