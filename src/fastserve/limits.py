@@ -33,7 +33,8 @@ class LimitsMixIn(BeforeServer):
     :cvar max_connections_per_client: connections at a time from one address, whatever the port; further ones are closed
         at once. ``None``, the default, is unlimited. Clients of Unix sockets have no address, and are not counted.
     :cvar request_timeout: seconds from the begin of a handler until its connection is shut down; it finds the end of
-        the stream, or an error, in whatever it does with the connection next. ``None``, the default, is endless.
+        the stream, or an error, in whatever it does with the connection next; such an error is not reported. ``None``,
+        the default, is endless.
     :cvar idle_timeout: seconds that the client may take for each read and write, as ``StreamRequestHandler.timeout``,
         but for handlers of every class, and without a report. ``None``, the default, is endless.
     :ivar refused_connections: how many were closed because of :attr:`max_connections_per_client`.
@@ -85,6 +86,10 @@ class LimitsMixIn(BeforeServer):
         deadline = deadlines.add(self.request_timeout, request, self)
         try:
             super().finish_request(request, client_address)  # type: ignore[misc]
+        except OSError as error:
+            # It is counted. A report of each would let slow clients fill the log.
+            if not (deadline.has_passed and _is_of_connection(error)):
+                raise
         finally:
             deadlines.remove(deadline)
 
@@ -156,15 +161,21 @@ def _limits_of(server: Any) -> _Limits:
     return limits
 
 
+def _is_of_connection(error: OSError) -> bool:
+    """Return whether a call of a connection raises this when the connection was shut down."""
+    return isinstance(error, ConnectionError) or type(error).__module__ == "ssl"
+
+
 class _Deadline:
     """When a connection is shut down. ``request`` is ``None`` when it was handled before."""
 
-    __slots__ = ("at", "request", "server")
+    __slots__ = ("at", "has_passed", "request", "server")
 
     def __init__(self, at: float, request: Any, server: Any) -> None:
         self.at = at
         self.request = request
         self.server = weakref.ref(server)
+        self.has_passed = False
 
     def __lt__(self, other: _Deadline) -> bool:
         return self.at < other.at
@@ -225,6 +236,7 @@ def _shut_down(deadline: _Deadline) -> None:
     request, server = deadline.request, deadline.server()
     if request is None or server is None:
         return
+    deadline.has_passed = True
     try:
         # The method of ssl.SSLSocket would take away from under the handler what it uses at this moment.
         socket.socket.shutdown(request, socket.SHUT_RDWR)
