@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from crowd import TICKS, Companion, CrowdFailed, Latency, connected, figures, load_of, raise_limit, ratio, say
+from crowd import TICKS, Alone, Companion, CrowdFailed, Latency, connected, figures, load_of, raise_limit, ratio, say
 from report import number, table, times
 from works import short_connections
 
@@ -68,7 +68,7 @@ class Setting:
         """Start it on a processor, with one mix-in before its own."""
         chosen = json.dumps({**attributes, **self.attributes})
         command = [sys.executable, str(LIMITED), ",".join((first, *self.mix_ins)), handler, chosen]
-        return ServerProcess(name, command, core, {"FASTSERVE_NO_EXTENSIONS": "0"})
+        return Alone(name, command, core, {"FASTSERVE_NO_EXTENSIONS": "0"})
 
 
 BESIDE_SLOW = [
@@ -265,7 +265,9 @@ def cells_of(what: str, row: Mapping[str, Any]) -> list[str]:
     cells = [row["name"], f"{row['held']:,}"]
     cells += [number(side[key]) for key in ("p50_us", "p99_us") for side in (one, two)]
     cells += [times(Ratio(*row["ratio"])), f"{sum(entry['errors'] for entry in two['rounds']):.0f}"]
-    if what == "slow":
+    if what == "handshakes":
+        cells.append(number(max(entry["max_us"] for entry in two["rounds"])))
+    else:
         for name in ("slow_late", "idle_late"):
             cells.append(" / ".join(f"{1000 * late:,.0f}" for late in row[name]) or "–")
         cells.append(str(row["left"]))
@@ -280,6 +282,7 @@ def tell(what: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         head += ["slow cut late, ms: median / most", "idle cut late, ms", "never cut"]
     else:
         yield "One client after the other connects, does its handshake and has an answer, beside others that do not."
+        head.append("longest µs with")
     yield ""
     yield table(head, [cells_of(what, row) for row in rows])
 
