@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import socket
 import sys
 import threading
@@ -11,7 +10,7 @@ import time
 import weakref
 from typing import Any, Final
 
-from fastserve._loop import Loop, State
+from fastserve._loop import Loop, State, watch_forks
 from fastserve._order import BeforeServer
 
 _KEY: Final = "_fastserve_limits"  # in the server's __dict__
@@ -113,12 +112,17 @@ class _Limits:
     """The connections of a server that are counted. Any thread may use it."""
 
     def __init__(self) -> None:
+        watch_forks(_after_fork_in_child)
+        _counted.add(self)
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Count from 0: what a forked child inherits are its parent's connections."""
         self._lock = threading.Lock()
         self._hosts: dict[int, Any] = {}  # by the identity of a request: where it came from
         self._counts: dict[Any, int] = {}  # by where they came from
         self._held: Loop | None = None
         self._most = 0
-        self._pid = os.getpid()
 
     def begin(self, request: Any, host: Any, most: int | None) -> bool:
         """Count a request; return whether there may be one more of its host."""
@@ -156,9 +160,8 @@ class _Limits:
 
 def _limits_of(server: Any) -> _Limits:
     limits: _Limits | None = vars(server).get(_KEY)
-    if limits is None or limits._pid != os.getpid():  # what a forked child inherits was its parent's
-        limits = vars(server)[_KEY] = _Limits()
-    return limits
+    # setdefault, because two threads may come here at once and must get the same object.
+    return vars(server).setdefault(_KEY, _Limits()) if limits is None else limits
 
 
 def _is_of_connection(error: OSError) -> bool:
@@ -185,16 +188,18 @@ class _Deadlines:
     """All deadlines of this process, and the daemon thread that looks after them while there are any."""
 
     def __init__(self) -> None:
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Forget all: a forked child has no such thread, and what was locked stays locked."""
         self._changed = threading.Condition()
         self._heap: list[_Deadline] = []
         self._removed = 0  # about as many of the heap were handled before their time
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
 
     def add(self, seconds: float, request: Any, server: Any) -> _Deadline:
         """Have ``request`` shut down in that many seconds."""
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc]  # a forked child has no such thread
+        watch_forks(_after_fork_in_child)
         deadline = _Deadline(time.monotonic() + seconds, request, server)
         with self._changed:
             heapq.heappush(self._heap, deadline)
@@ -246,3 +251,11 @@ def _shut_down(deadline: _Deadline) -> None:
 
 
 deadlines: Final = _Deadlines()
+
+_counted: Final[weakref.WeakSet[_Limits]] = weakref.WeakSet()  # those of all servers of this process
+
+
+def _after_fork_in_child() -> None:
+    deadlines.begin_afresh()
+    for limits in list(_counted):
+        limits.begin_afresh()
