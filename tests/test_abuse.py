@@ -161,14 +161,14 @@ def test_one_address_does_not_have_all_threads_of_a_pool(impl: str) -> None:
 @pytest.mark.parametrize("limit", ["request_timeout", "idle_timeout"])
 def test_a_client_of_a_pool_waits_for_those_that_came_first_and_they_for_their_limit(impl: str, limit: str) -> None:
     """What the pages say of it: 12 clients that do nothing have 4 threads, for three times as long as each may."""
+    begun = time.monotonic()
     with (
         make("ThreadPoolTCPServer", max_workers=4, max_queued=2, **{limit: 0.2}) as server,
         serving(server),
         Crowd(server.server_address, 0, 12) as crowd,
     ):
-        begun = time.monotonic()
         assert talk(server.server_address, b"line\n") == b"LINE\n"
-        assert 0.4 <= time.monotonic() - begun < LIMIT / 2
+        assert 0.6 <= time.monotonic() - begun < LIMIT / 2
         wait_until(lambda: len(crowd.cuts) == 12)
 
 
@@ -235,11 +235,8 @@ def test_where_nobody_else_is_left_to_serve_a_handshake_takes_its_time_at_most(i
     from tls_support import ask, server_context
 
     limits = {"handshake_timeout": 0.3, "max_workers": 1}
-    with (
-        make(name, fastserve.TLSMixIn, ssl_context=server_context(), **limits) as server,
-        serving(server),
-        silent(server, 2),
-    ):
+    with make(name, fastserve.TLSMixIn, ssl_context=server_context(), **limits) as server, serving(server):
         begun = time.monotonic()
-        assert ask(server) == b"HELLO\n"
+        with silent(server, 2):
+            assert ask(server) == b"HELLO\n"
         assert 0.3 <= time.monotonic() - begun < LIMIT / 2
