@@ -32,6 +32,8 @@ pytestmark = pytest.mark.once
 # In the order of the page about deployment.
 MIX_INS = ["ProxyProtocolMixIn", "TLSMixIn", "LimitsMixIn", "LoggingMixIn"]
 
+PATIENT = {"slow_handler_seconds": 0}  # on a busy machine any handler may be slow
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what the processes are")
 
 
@@ -40,8 +42,8 @@ def everything(tmp_path: Path, impl: str, name: str, **options: Any) -> Iterator
     """A program with all mix-ins over two processes."""
     cert, key = write_certificate(tmp_path)
     limits = {"max_connections": 50, "max_connections_per_client": 40, "request_timeout": LIMIT, "idle_timeout": LIMIT}
-    options = {"tls_cert": str(cert), "tls_key": str(key), "log": str(tmp_path / "log.txt"), **limits, **options}
-    with program(tmp_path, impl, name, mix_ins=MIX_INS, **options) as server:
+    own = {"tls_cert": str(cert), "tls_key": str(key), "log": str(tmp_path / "log.txt"), **PATIENT}
+    with program(tmp_path, impl, name, mix_ins=MIX_INS, **{**own, **limits, **options}) as server:
         yield server
 
 
@@ -140,7 +142,7 @@ def test_in_one_process_every_order_before_the_server_serves(
     orders = list(itertools.permutations(MIX_INS))
     for order in [order for mix_ins in orders for order in ((*mix_ins, name), (name, *mix_ins))]:
         bases = [getattr(fastserve, mix_in) for mix_in in order]
-        attributes = {"ssl_context": context, "max_connections": 9, "idle_timeout": LIMIT, "logger": logger}
+        attributes = {"ssl_context": context, "max_connections": 9, "idle_timeout": LIMIT, "logger": logger, **PATIENT}
         server = type("Server", (*bases, fastserve.TCPServer), attributes)(("127.0.0.1", 0), Client)
         with serving(server), client_of(server.server_address) as client:
             assert exchange(client, "hello") == str(V1_CLIENT), order
