@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import fastserve
-from fastserve import _backend, _core_py, _datagrams_py, _streams_py
+from fastserve import _backend, _core_py, _datagrams_py, _streams_py, limits
 from support import LIMIT
 
 NO_EXTENSIONS = _backend.refused()
@@ -55,6 +55,16 @@ def _no_thread_is_left() -> Iterator[None]:
     while (left := len(os.listdir(TASKS))) > before and time.monotonic() < deadline:
         time.sleep(0.001)
     assert left <= before, f"threads are left: {threading.enumerate()}"
+
+
+@pytest.fixture
+def deadlines_end_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let no test wait for the thread that looks after deadlines."""
+    monkeypatch.setattr(limits, "REST", 0.01)
+    yield
+    with limits.deadlines._changed:
+        limits.deadlines._heap.clear()
+        limits.deadlines._changed.notify()
 
 
 @pytest.fixture(params=sorted(TWINS))

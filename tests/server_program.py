@@ -1,14 +1,15 @@
 """A server in a program of its own, for tests: server_program.py CLASS ATTRIBUTES
 
 CLASS is the class that follows ``PreforkMixIn``, ATTRIBUTES what the server's class has, as JSON; with "workers": 0 it
-has no such mix-in. The first line on standard output is the address; a line is written for each worker that starts. A
-handler answers with what it is asked for.
+has no such mix-in. "mix_ins" are names of others, which come before it. The first line on standard output is the
+address; a line is written for each worker that starts. A handler answers with what it is asked for.
 """
 
 from __future__ import annotations
 
 import http.server
 import json
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ class Handler(fastserve.BaseRequestHandler):
                 time.sleep(float(seconds))
             case ["count", name]:
                 return str(getattr(self.server, name)).encode()
+            case ["client"]:
+                return str(self.client_address).encode()
             case ["descriptors"]:
                 return str(len(os.listdir("/proc/self/fd"))).encode()
             case ["shutdown"]:
@@ -89,12 +92,16 @@ def main() -> None:
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
     stop_after = options.pop("stop_after", None)
     address = options.pop("address", ["127.0.0.1", 0])
+    mix_ins = [getattr(fastserve, mix_in) for mix_in in options.pop("mix_ins", [])]
+    if log := options.pop("log", None):
+        logging.basicConfig(filename=log, level=logging.INFO, format="%(levelname)s %(message)s")
     if name == "http":
         bases: Any = (fastserve.GreenletMixIn, http.server.HTTPServer)
         handler: Any = Http
     else:
         bases, handler = (getattr(fastserve, name),), Handler
-    bases = (extra, fastserve.PreforkMixIn, *bases) if options.get("workers") != 0 else bases
+    if options.get("workers") != 0:
+        bases = (extra, *mix_ins, fastserve.PreforkMixIn, *bases)
     attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
     server = type("Server", bases, attributes)(address if isinstance(address, str) else tuple(address), handler)
     if own_handlers:

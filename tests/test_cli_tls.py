@@ -8,9 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 
 from children import IMPLEMENTATIONS, TIME_LIMIT, Child, child
-from support import LIMIT, wait_until
+from support import wait_until
 
 pytest.importorskip("trustme")
 
@@ -28,6 +26,7 @@ from tls_support import (  # noqa: E402
     client_of,
     serial_at,
     serial_of,
+    serials_under_load,
     write_authority,
     write_certificate,
 )
@@ -148,39 +147,17 @@ def test_loading_certificates_does_not_wait_for_a_client_nor_disturb_it(start: A
 def test_certificates_are_exchanged_under_load(start: Any, here: Path) -> None:
     # The other worker models are in test_tls_mixin, in one process with their clients.
     known = {serial_of(here / "server.pem")}
-    done = threading.Event()
-
     with start(*FILES, "--worker", "fork") as process:
         server = served(process, "fork")
         errors = reported(process)
 
         def exchange() -> None:
-            while not done.is_set():
-                write_certificate(here)
-                known.add(serial_of(here / "server.pem"))
-                process.process.send_signal(signal.SIGHUP)
-                assert next(errors) == "fastserve: the certificates were loaded again"
+            write_certificate(here)
+            known.add(serial_of(here / "server.pem"))
+            process.process.send_signal(signal.SIGHUP)
+            assert next(errors) == "fastserve: the certificates were loaded again"
 
-        def client() -> list[str]:
-            context, serials = client_context(), []
-            for _ in range(25):
-                with client_of(server, context) as connection:
-                    connection.sendall(b"a\n")
-                    assert connection.recv(10) == b"A\n"
-                    serials.append(serial_at(connection))
-            return serials
-
-        with ThreadPoolExecutor(9) as threads:
-            exchanging = threads.submit(exchange)
-            try:
-                clients = [threads.submit(client) for _ in range(8)]
-                serials = [serial for result in clients for serial in result.result(LIMIT)]
-            finally:
-                done.set()
-            exchanging.result(LIMIT)
-        assert len(serials) == 200
-        assert set(serials) <= known
-        assert len(set(serials)) > 1
+        serials_under_load(server, exchange, known)
         process.process.terminate()
         assert process.end() == ""
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ from unittest import mock
 import pytest
 
 from conftest import TWINS
-from core_support import POLLERS, descriptor_limit, needs_c, outcome
+from core_support import POLLERS, Handled, descriptor_limit, interrupted, needs_c, outcome
 from support import open_descriptors
 
 # accept
@@ -181,35 +180,6 @@ def test_accept_in_c_closes_the_connection_when_no_object_can_be_made(listener: 
 # Signals: PEP 475
 
 
-class Handled(Exception):
-    """Raised by a signal handler, to come out of what it interrupts."""
-
-
-@contextlib.contextmanager
-def signals_to_this_thread(handler: Callable[[int, FrameType | None], Any], count: int = 3) -> Iterator[None]:
-    """Interrupt the block with so many signals, 20 ms apart, the first after 20 ms."""
-    main = threading.get_ident()
-    began, ended = threading.Event(), threading.Event()
-
-    def send() -> None:
-        began.wait(60)
-        for _ in range(count):
-            if ended.wait(0.02):
-                return
-            signal.pthread_kill(main, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        began.set()
-        yield
-    finally:
-        ended.set()
-        sender.join()
-        signal.signal(signal.SIGUSR1, before)
-
-
 WAITS = [*POLLERS, "wait_readable", "accept"]
 
 
@@ -235,7 +205,7 @@ def test_a_wait_goes_on_after_a_signal_with_the_time_that_is_left(
     for timeout in (0.15, 1.5, 15.0):  # a longer one if the machine is too busy to send the signals in time
         calls.clear()
         began = time.monotonic()
-        with signals_to_this_thread(lambda signum, frame: calls.append(signum)):
+        with interrupted(lambda signum, frame: calls.append(signum), 3):
             with pytest.raises(TimeoutError) if what == "accept" else contextlib.nullcontext():
                 assert not wait_for(core, what, listener, timeout)
             seconds = time.monotonic() - began
@@ -256,7 +226,7 @@ def test_an_endless_wait_goes_on_after_a_signal(core: ModuleType, listener: sock
             client.connect(listener.getsockname())
 
     calls: list[int] = []
-    with client, signals_to_this_thread(connect_at_the_second, 2):
+    with client, interrupted(connect_at_the_second, 2):
         assert wait_for(core, what, listener, None)
         assert len(calls) == 2
 
@@ -271,7 +241,7 @@ def test_what_a_signal_handler_raises_comes_out_of_a_wait(
 
     before = open_descriptors()
     began = time.monotonic()
-    with pytest.raises(Handled), signals_to_this_thread(raise_it, 1):
+    with pytest.raises(Handled), interrupted(raise_it, 1):
         wait_for(core, what, listener, timeout)
     assert time.monotonic() - began < 30
     assert open_descriptors() == before
@@ -287,7 +257,7 @@ def test_accept_does_not_use_the_number_of_a_listener_that_a_signal_handler_clos
             os.dup2(other.fileno(), reused[0], inheritable=False)
 
         reused: list[int] = []
-        with signals_to_this_thread(close_and_reuse, 1), pytest.raises(OSError) as caught:
+        with interrupted(close_and_reuse, 1), pytest.raises(OSError) as caught:
             core.accept(listener)[0].close()
         os.close(reused[0])
         assert caught.value.errno == errno.EBADF

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,14 +23,7 @@ if importlib.util.find_spec("greenlet") is not None:
 ALL = ["TCPServer", *MODELS]
 
 
-@pytest.fixture(autouse=True)
-def _deadlines_end_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let no test wait for the thread that looks after deadlines."""
-    monkeypatch.setattr(limits, "REST", 0.01)
-    yield
-    with limits.deadlines._changed:
-        limits.deadlines._heap.clear()
-        limits.deadlines._changed.notify()
+pytestmark = pytest.mark.usefixtures("deadlines_end_soon")
 
 
 def answered(server: Any) -> bool:

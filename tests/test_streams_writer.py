@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import os
-import signal
 import socket
 import socketserver
 import threading
@@ -21,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TWINS
-from core_support import outcome
+from core_support import Handled, interrupted, outcome
 from fastserve.streams import writer_class
 from support import wait_until
 from test_streams import KINDS, connected
@@ -216,33 +215,6 @@ def test_a_method_that_was_replaced_in_the_stdlibs_writer_is_called(module: Modu
 
 
 # Signals: PEP 475
-
-
-class Handled(Exception):
-    """Raised by a signal handler, to come out of what it interrupts."""
-
-
-@contextlib.contextmanager
-def interrupted(handler: Any) -> Iterator[None]:
-    """Send this thread a signal every 10 ms until the block ends."""
-    main = threading.get_ident()
-    began, ended = threading.Event(), threading.Event()
-
-    def send() -> None:
-        began.wait(10)
-        while not ended.wait(0.01):
-            signal.pthread_kill(main, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        began.set()
-        yield
-    finally:
-        ended.set()
-        sender.join()
-        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("timeout", [None, 20.0])

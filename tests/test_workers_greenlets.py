@@ -57,6 +57,16 @@ def handling(function: Callable[[Any], None], base: type = socketserver.BaseRequ
     return type("Handler", (base,), {"handle": function})
 
 
+def noting(ended: list[bytes]) -> Any:
+    """Return a handler class that says when it has begun, and notes what its client says then."""
+
+    def handle(self: Any) -> None:
+        self.request.sendall(b"begun")
+        ended.append(self.request.recv(100))
+
+    return handling(handle)
+
+
 @pytest.mark.parametrize("kind", ["mix-in", "patched"])
 def test_a_listener_that_cannot_be_accepted_from_is_left_alone(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     with contextlib.ExitStack() as stack:
@@ -392,13 +402,8 @@ def test_no_more_connections_than_allowed_are_handled_at_a_time() -> None:
 
 
 def test_shutdown_does_not_wait_for_requests_and_the_end_of_serving_does() -> None:
-    ended = []
-
-    def handle(self: Any) -> None:
-        self.request.sendall(b"begun")
-        ended.append(self.request.recv(100))
-
-    server = server_of(handling(handle))
+    ended: list[bytes] = []
+    server = server_of(noting(ended))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     with socket.create_connection(server.server_address, LIMIT) as client:
@@ -439,13 +444,8 @@ def test_requests_are_ended_where_nobody_waits_for_them(attribute: dict[str, boo
 
 
 def test_server_close_from_another_thread_waits_for_requests() -> None:
-    ended = []
-
-    def handle(self: Any) -> None:
-        self.request.sendall(b"begun")
-        ended.append(self.request.recv(100))
-
-    server = server_of(handling(handle))
+    ended: list[bytes] = []
+    server = server_of(noting(ended))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     with socket.create_connection(server.server_address, LIMIT) as client:
@@ -488,13 +488,8 @@ def test_a_handler_can_close_its_server() -> None:
 
 
 def test_requests_left_by_an_interrupt_go_on_in_server_close() -> None:
-    log: list[Any] = []
-
-    def handle(self: Any) -> None:
-        self.request.sendall(b"begun")
-        log.append(self.request.recv(100))
-
-    server = server_of(handling(handle))
+    log: list[bytes] = []
+    server = server_of(noting(log))
     client = socket.create_connection(("127.0.0.1", server.server_address[1]), LIMIT)
 
     def interrupt() -> None:

@@ -6,7 +6,9 @@ import contextlib
 import functools
 import socket
 import ssl
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,37 @@ def ask(server: Any, sent: bytes = b"hello\n", context: ssl.SSLContext | None = 
     with client_of(server, context, name) as client, client.makefile("rb") as answer:
         client.sendall(sent)
         return answer.readline()
+
+
+def serials_under_load(server: Any, exchange: Callable[[], object], known: set[str]) -> None:
+    """Have 8 clients look at certificates while they are exchanged; assert that they see known ones, and several.
+
+    :param exchange: called again and again, in a thread.
+    :param known: the serial numbers of the certificates that there were, which ``exchange`` adds to.
+    """
+    done = threading.Event()
+
+    def exchange_all() -> None:
+        while not done.wait(0.01):
+            exchange()
+
+    def client() -> list[str]:
+        context, serials = client_context(), []
+        for _ in range(25):
+            with client_of(server, context) as connection:
+                connection.sendall(b"a\n")
+                assert connection.recv(10) == b"A\n"
+                serials.append(serial_at(connection))
+        return serials
+
+    with ThreadPoolExecutor(9) as threads:
+        exchanging = threads.submit(exchange_all)
+        try:
+            clients = [threads.submit(client) for _ in range(8)]
+            serials = [serial for result in clients for serial in result.result(LIMIT)]
+        finally:
+            done.set()
+        exchanging.result(LIMIT)
+    assert len(serials) == 200
+    assert set(serials) <= known
+    assert len(set(serials)) > 1

@@ -26,6 +26,10 @@ EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.E
 # The listener cannot be accepted from: it was closed or shut down, or it is no listener.
 UNUSABLE: Final = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 
+# The private attributes of a server that programs read and set.
+SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
+IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
+
 FIRST_PAUSE: Final = 0.01  # seconds until accept is tried again; doubled with every failure
 LONGEST_PAUSE: Final = 0.5  # seconds
 EPISODE_GAP: Final = 5.0  # seconds without a failure after which the next one is reported again

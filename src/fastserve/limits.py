@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import socket
 import sys
 import threading
@@ -11,7 +10,8 @@ import time
 import weakref
 from typing import Any, Final
 
-from fastserve._loop import Loop, State
+from fastserve._loop import Loop, State, watch_forks
+from fastserve._order import BeforeServer
 
 _KEY: Final = "_fastserve_limits"  # in the server's __dict__
 
@@ -20,7 +20,7 @@ MANY: Final = 100  # deadlines that are kept at most after their requests, besid
 REST: Final = 10.0  # seconds after which the thread that looks after deadlines ends, if there are none
 
 
-class LimitsMixIn:
+class LimitsMixIn(BeforeServer):
     """Limit connections and the time that they take: ``class Server(LimitsMixIn, ThreadingTCPServer)``.
 
     It is named before the worker mix-in, goes with each of them and over the servers of the stdlib, and is for streams.
@@ -32,7 +32,8 @@ class LimitsMixIn:
     :cvar max_connections_per_client: connections at a time from one address, whatever the port; further ones are closed
         at once. ``None``, the default, is unlimited. Clients of Unix sockets have no address, and are not counted.
     :cvar request_timeout: seconds from the begin of a handler until its connection is shut down; it finds the end of
-        the stream, or an error, in whatever it does with the connection next. ``None``, the default, is endless.
+        the stream, or an error, in whatever it does with the connection next; such an error is not reported. ``None``,
+        the default, is endless.
     :cvar idle_timeout: seconds that the client may take for each read and write, as ``StreamRequestHandler.timeout``,
         but for handlers of every class, and without a report. ``None``, the default, is endless.
     :ivar refused_connections: how many were closed because of :attr:`max_connections_per_client`.
@@ -84,6 +85,10 @@ class LimitsMixIn:
         deadline = deadlines.add(self.request_timeout, request, self)
         try:
             super().finish_request(request, client_address)  # type: ignore[misc]
+        except OSError as error:
+            # It is counted. A report of each would let slow clients fill the log.
+            if not (deadline.has_passed and _is_of_connection(error)):
+                raise
         finally:
             deadlines.remove(deadline)
 
@@ -107,12 +112,17 @@ class _Limits:
     """The connections of a server that are counted. Any thread may use it."""
 
     def __init__(self) -> None:
+        watch_forks(_after_fork_in_child)
+        _counted.add(self)
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Count from 0: what a forked child inherits are its parent's connections."""
         self._lock = threading.Lock()
         self._hosts: dict[int, Any] = {}  # by the identity of a request: where it came from
         self._counts: dict[Any, int] = {}  # by where they came from
         self._held: Loop | None = None
         self._most = 0
-        self._pid = os.getpid()
 
     def begin(self, request: Any, host: Any, most: int | None) -> bool:
         """Count a request; return whether there may be one more of its host."""
@@ -150,20 +160,25 @@ class _Limits:
 
 def _limits_of(server: Any) -> _Limits:
     limits: _Limits | None = vars(server).get(_KEY)
-    if limits is None or limits._pid != os.getpid():  # what a forked child inherits was its parent's
-        limits = vars(server)[_KEY] = _Limits()
-    return limits
+    # setdefault, because two threads may come here at once and must get the same object.
+    return vars(server).setdefault(_KEY, _Limits()) if limits is None else limits
+
+
+def _is_of_connection(error: OSError) -> bool:
+    """Return whether a call of a connection raises this when the connection was shut down."""
+    return isinstance(error, ConnectionError) or type(error).__module__ == "ssl"
 
 
 class _Deadline:
     """When a connection is shut down. ``request`` is ``None`` when it was handled before."""
 
-    __slots__ = ("at", "request", "server")
+    __slots__ = ("at", "has_passed", "request", "server")
 
     def __init__(self, at: float, request: Any, server: Any) -> None:
         self.at = at
         self.request = request
         self.server = weakref.ref(server)
+        self.has_passed = False
 
     def __lt__(self, other: _Deadline) -> bool:
         return self.at < other.at
@@ -173,16 +188,18 @@ class _Deadlines:
     """All deadlines of this process, and the daemon thread that looks after them while there are any."""
 
     def __init__(self) -> None:
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Forget all: a forked child has no such thread, and what was locked stays locked."""
         self._changed = threading.Condition()
         self._heap: list[_Deadline] = []
         self._removed = 0  # about as many of the heap were handled before their time
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
 
     def add(self, seconds: float, request: Any, server: Any) -> _Deadline:
         """Have ``request`` shut down in that many seconds."""
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc]  # a forked child has no such thread
+        watch_forks(_after_fork_in_child)
         deadline = _Deadline(time.monotonic() + seconds, request, server)
         with self._changed:
             heapq.heappush(self._heap, deadline)
@@ -224,6 +241,7 @@ def _shut_down(deadline: _Deadline) -> None:
     request, server = deadline.request, deadline.server()
     if request is None or server is None:
         return
+    deadline.has_passed = True
     try:
         # The method of ssl.SSLSocket would take away from under the handler what it uses at this moment.
         socket.socket.shutdown(request, socket.SHUT_RDWR)
@@ -233,3 +251,11 @@ def _shut_down(deadline: _Deadline) -> None:
 
 
 deadlines: Final = _Deadlines()
+
+_counted: Final[weakref.WeakSet[_Limits]] = weakref.WeakSet()  # those of all servers of this process
+
+
+def _after_fork_in_child() -> None:
+    deadlines.begin_afresh()
+    for limits in list(_counted):
+        limits.begin_afresh()

@@ -7,6 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from fastserve._order import BeforeServer
+from fastserve.sockets import host_and_port
+
 if TYPE_CHECKING:
     import logging
 
@@ -16,7 +19,7 @@ LOGGER: Final = "fastserve"
 _OF_CLIENTS: Final = (ConnectionError, TimeoutError)
 
 
-class LoggingMixIn:
+class LoggingMixIn(BeforeServer):
     """Tell the logger ``fastserve`` what happens: ``class Server(LoggingMixIn, ThreadingTCPServer)``.
 
     It is named first, goes with every worker model, with :class:`PreforkMixIn`, with datagrams, and over the servers of
@@ -71,8 +74,7 @@ def _logger_of(server: Any) -> logging.Logger:
 def _name(client_address: Any) -> str:
     """Return an address as it is written."""
     if isinstance(client_address, tuple) and len(client_address) >= 2:
-        host, port = client_address[:2]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+        return host_and_port(client_address)
     return repr(client_address) if client_address else "a client without a name"
 
 

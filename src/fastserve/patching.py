@@ -16,7 +16,7 @@ from types import CellType, FunctionType, TracebackType
 from typing import Any, Final, Literal
 
 from fastserve import _backend, _waiting, handlers, server
-from fastserve._loop import make_all_tick
+from fastserve._loop import SHUTDOWN_REQUEST, make_all_tick
 from fastserve.workers import _reuse, forking, greenlets, threadpool, threads
 
 Threading = Literal["thread", "greenlet"]
@@ -127,7 +127,7 @@ def _greenlet_functions() -> dict[str, Any]:
     """Return what is to stand in the stdlib's mix-in for requests to run in greenlets."""
     of_threads = _replacements(threads.ThreadingMixIn, _MIXIN)
     of_greenlets = _replacements(greenlets.GreenletMixIn, _MIXIN)
-    of_greenlets.pop(server._SHUTDOWN_REQUEST)  # that of BaseServer, which was exchanged, is found
+    of_greenlets.pop(SHUTDOWN_REQUEST)  # that of BaseServer, which was exchanged, is found
     in_thread, close = of_threads["process_request"], of_greenlets["server_close"]
 
     @functools.wraps(of_greenlets["process_request"])

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from fastserve import _backend, tls
 from fastserve import server as _server
+from fastserve._order import BeforeServer
 from fastserve._proxy_protocol import DEFAULT_LIMIT, LONGEST_V1, ProxyInfo, ProxyProtocolError, ProxySSL, parse
 from fastserve.workers.greenlets import _STDLIB_GET_REQUEST, GreenletMixIn
 
@@ -59,7 +60,7 @@ def proxy_info(request: object) -> ProxyInfo | None:
     return _known.get(request) if isinstance(request, socket.socket) else None
 
 
-class ProxyProtocolMixIn:
+class ProxyProtocolMixIn(BeforeServer):
     """Read the header of the PROXY protocol: ``class Server(ProxyProtocolMixIn, ThreadingMixIn, TCPServer)``.
 
     It is named before other mix-ins and the server, any of fastserve's or the stdlib's. The ``client_address`` of a

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 from fastserve import _backend, datagrams, pollers, sockets, tls
 from fastserve._loop import (
+    SHUTDOWN_REQUEST,
     STATE,
     Loop,
     State,
@@ -30,8 +31,6 @@ from fastserve._loop import (
 # (socketserver.threading, say) is replaced here. Its type stub does not list them.
 _std: Any = socketserver
 
-_SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
-
 
 class _ShutdownRequest:
     """``_BaseServer__shutdown_request``: kept in the instance's ``__dict__``; setting it true wakes the loop.
@@ -41,27 +40,27 @@ class _ShutdownRequest:
     """
 
     def __get__(self, server: Any, owner: type | None = None) -> Any:
-        if server is None or _SHUTDOWN_REQUEST not in server.__dict__:
-            raise AttributeError(f"{owner.__name__ if owner else server!r} has no {_SHUTDOWN_REQUEST}")
-        return server.__dict__[_SHUTDOWN_REQUEST]
+        if server is None or SHUTDOWN_REQUEST not in server.__dict__:
+            raise AttributeError(f"{owner.__name__ if owner else server!r} has no {SHUTDOWN_REQUEST}")
+        return server.__dict__[SHUTDOWN_REQUEST]
 
     def __set__(self, server: Any, value: Any) -> None:
-        server.__dict__[_SHUTDOWN_REQUEST] = value
+        server.__dict__[SHUTDOWN_REQUEST] = value
         state = server.__dict__.get(STATE)
         if value and state is not None:
             state.stop_loops()
 
     def __delete__(self, server: Any) -> None:
-        if _SHUTDOWN_REQUEST not in server.__dict__:
-            raise AttributeError(_SHUTDOWN_REQUEST)
-        del server.__dict__[_SHUTDOWN_REQUEST]
+        if SHUTDOWN_REQUEST not in server.__dict__:
+            raise AttributeError(SHUTDOWN_REQUEST)
+        del server.__dict__[SHUTDOWN_REQUEST]
 
 
 def _flag_wakes(server: object) -> bool:
     """Return whether setting ``_BaseServer__shutdown_request`` on ``server`` wakes its loop."""
     for cls in type(server).__mro__:
-        if _SHUTDOWN_REQUEST in vars(cls):
-            return isinstance(vars(cls)[_SHUTDOWN_REQUEST], _ShutdownRequest)
+        if SHUTDOWN_REQUEST in vars(cls):
+            return isinstance(vars(cls)[SHUTDOWN_REQUEST], _ShutdownRequest)
     return False
 
 
@@ -494,7 +493,7 @@ def _new_batches(server: Any, loop: Any) -> datagrams.Batches | None:
     """Return the batches of one ``serve_forever`` of a datagram server, ``None`` for another server."""
     if not isinstance(server, socketserver.UDPServer):
         return None
-    return datagrams.Batches(server, loop, vars(BaseServer)[_SHUTDOWN_REQUEST], _OWN_OF_DATAGRAMS)
+    return datagrams.Batches(server, loop, vars(BaseServer)[SHUTDOWN_REQUEST], _OWN_OF_DATAGRAMS)
 
 
 def _accept_failed(server: Any, error: OSError) -> None:
@@ -518,7 +517,7 @@ _OWN_OF_CONNECTIONS: Final = {name: getattr(TCPServer, name) for name in _OWN_OF
 
 if _backend.turns is not None:
     _backend.turns.know(_OWN_OF_CONNECTIONS)
-    _backend.turns.prepare(vars(BaseServer)[_SHUTDOWN_REQUEST], _accept_failed, paused, retry_paused)
+    _backend.turns.prepare(vars(BaseServer)[SHUTDOWN_REQUEST], _accept_failed, paused, retry_paused)
 
 quiet_service_actions[BaseServer.service_actions] = None
 

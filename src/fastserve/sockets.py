@@ -35,6 +35,13 @@ _FCHMOD_COUNTS: Final = sys.platform == "linux"
 LOCK_SECONDS: Final = 10.0  # for which the lock of a directory is waited for
 _LOCK_TICK: Final = 0.01  # seconds
 
+
+def host_and_port(address: tuple[Any, ...]) -> str:
+    """Return an address of IP as it is written, ``host:port``, or ``[host]:port`` for IPv6 (RFC 3986, 3.2.2)."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
 _Server = TypeVar("_Server", bound=socketserver.TCPServer)
 
 

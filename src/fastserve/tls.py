@@ -140,11 +140,7 @@ def finish_handshake(request: Any) -> bool:
 
     A client that fails, or takes too long, is nobody's error: nothing is raised or reported.
     """
-    try:
-        request.finish_handshake()
-    except OSError:
-        return False
-    return True
+    return _succeeds(request.finish_handshake)
 
 
 def is_ready(request: Any) -> bool:
@@ -155,8 +151,12 @@ def is_ready(request: Any) -> bool:
         return True
     from fastserve import _tls
 
+    return _succeeds(_tls.handshake_in_time, request)
+
+
+def _succeeds(handshake: Callable[..., object], *arguments: Any) -> bool:
     try:
-        _tls.handshake_in_time(request)
+        handshake(*arguments)
     except OSError:
         return False
     return True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from fastserve import _waiting, tls
 from fastserve._loop import watch_forks
+from fastserve._order import BeforeServer
 from fastserve.server import own_get_requests
 from fastserve.workers._following import following
 
@@ -37,7 +38,7 @@ def _after_fork_in_child() -> None:
     _loading = threading.RLock()  # the old one may be held by a thread that is not there
 
 
-class TLSMixIn:
+class TLSMixIn(BeforeServer):
     """Serve connections with TLS: ``class Server(TLSMixIn, ThreadingTCPServer)``, under any worker model.
 
     ``request`` is an ``ssl.SSLSocket``. The handshake is done by who handles the request, in its thread, greenlet or

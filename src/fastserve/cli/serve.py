@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import fastserve
+from fastserve import sockets
 from fastserve.cli import listening, tls
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
@@ -231,5 +232,4 @@ def _address(server: fastserve.TCPServer) -> str:
     """Return where ``server`` listens, in the form that ``--bind`` takes."""
     if isinstance(server.server_address, str | bytes):
         return listening.unix_name(server.server_address)
-    host, port = server.server_address[:2]
-    return f"[{host!s}]:{port}" if server.address_family == socket.AF_INET6 else f"{host!s}:{port}"
+    return sockets.host_and_port(server.server_address)

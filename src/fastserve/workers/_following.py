@@ -5,12 +5,10 @@ from __future__ import annotations
 import socketserver
 import threading
 from types import MethodType
-from typing import Any, Final
+from typing import Any
 
-from fastserve._loop import new_event, quiet_service_actions
+from fastserve._loop import IS_SHUT_DOWN, new_event, quiet_service_actions
 from fastserve.server import BaseServer
-
-_IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
 
 
 def is_stdlib(function: Any) -> bool:
@@ -34,18 +32,18 @@ class IsShutDown:
         self._mixin = owner
 
     def __get__(self, server: Any, owner: type | None = None) -> Any:
-        if server is not None and _IS_SHUT_DOWN in server.__dict__:
-            return server.__dict__[_IS_SHUT_DOWN]
-        return getattr(super(self._mixin, server or owner), _IS_SHUT_DOWN)
+        if server is not None and IS_SHUT_DOWN in server.__dict__:
+            return server.__dict__[IS_SHUT_DOWN]
+        return getattr(super(self._mixin, server or owner), IS_SHUT_DOWN)
 
     def __set__(self, server: Any, value: Any) -> None:
-        is_first = _IS_SHUT_DOWN not in server.__dict__ and type(value) is threading.Event and not value.is_set()
-        server.__dict__[_IS_SHUT_DOWN] = new_event() if is_first else value
+        is_first = IS_SHUT_DOWN not in server.__dict__ and type(value) is threading.Event and not value.is_set()
+        server.__dict__[IS_SHUT_DOWN] = new_event() if is_first else value
 
     def __delete__(self, server: Any) -> None:
-        if _IS_SHUT_DOWN not in server.__dict__:
-            raise AttributeError(_IS_SHUT_DOWN)
-        del server.__dict__[_IS_SHUT_DOWN]
+        if IS_SHUT_DOWN not in server.__dict__:
+            raise AttributeError(IS_SHUT_DOWN)
+        del server.__dict__[IS_SHUT_DOWN]
 
 
 if is_stdlib(socketserver.BaseServer.service_actions):

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from fastserve import _backend, _uncaught, streams
 from fastserve._loop import Loop
@@ -21,6 +21,7 @@ _std: Any = socketserver  # see server.py
 
 _STDLIB_QUEUE: Any = queue.SimpleQueue
 
+FEW: Final = 16  # ended threads that are kept at most, beside as many as run
 
 # A request for a worker: the method that does the work, the request, the address of the client. It is a plain tuple,
 # because one is made for every request.
@@ -73,6 +74,9 @@ class Pool:
         self._count = 0  # workers
         self._started = 0  # workers that ever were, for their names
         self._threads: list[threading.Thread] = []
+        # How many there may be until those that have ended are looked for: twice what was left the last time, so that
+        # the cost of a new one does not grow with their number.
+        self._reap_at = 0
         self._held: list[Loop] = []  # loops to be told of a free place
         self._waiting = 0  # threads to be told of a free place
         self._somebody_waits = False  # either of both
@@ -98,7 +102,10 @@ class Pool:
             self._started += 1
             name = f"{self._name}-worker-{self._started}"
             thread = _std.threading.Thread(target=_work, args=(self,), name=name, daemon=daemon)
-            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+            if len(self._threads) >= self._reap_at:
+                self._threads = [other for other in self._threads if other.is_alive()]
+                self._reap_at = 2 * len(self._threads) + FEW
+            self._threads.append(thread)
             self._count += 1
             try:
                 thread.start()

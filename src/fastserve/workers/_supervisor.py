@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final
 
-from fastserve._loop import Loop, State, idle_timeout
+from fastserve._loop import IS_SHUT_DOWN, SHUTDOWN_REQUEST, Loop, State, idle_timeout
 from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers import _worker
 
@@ -25,8 +25,6 @@ FIRST_DELAY: Final = 0.1  # seconds until a worker is started again that ended b
 LONGEST_DELAY: Final = 5.0  # seconds
 CUT: Final = 1.0  # seconds that a worker has to end when it is to do so at once
 NAP: Final = 0.02  # seconds between two looks at the workers, where the kernel does not tell of their end
-
-SHUT_DOWN: Final = "_BaseServer__is_shut_down"
 
 
 class Worker:
@@ -68,29 +66,29 @@ class Supervisor:
         """Serve until the server is shut down, or a signal comes."""
         server, loop = self.server, self._loop
         state = State.of(server)
-        getattr(server, SHUT_DOWN).clear()
+        getattr(server, IS_SHUT_DOWN).clear()
         # From here on shutdown() waits for this call.
         state.loops.append(loop)
         try:
-            if not getattr(server, _worker.SHUTDOWN_FLAG):
+            if not getattr(server, SHUTDOWN_REQUEST):
                 loop.open()
                 loop.hold()  # the workers take the requests
                 self._listeners = _worker.listeners(server, self._count)
                 with self._signals():
                     self._supervise()
         finally:
-            setattr(server, _worker.SHUTDOWN_FLAG, False)
+            setattr(server, SHUTDOWN_REQUEST, False)
             try:
                 loop.close()
                 _worker.close_listeners(server, self._listeners)
             finally:
-                getattr(server, SHUT_DOWN).set()
+                getattr(server, IS_SHUT_DOWN).set()
                 state.loops.remove(loop)
 
     def _supervise(self) -> None:
         at_once = True
         try:
-            while not (self._ends or self._loop.stopping or getattr(self.server, _worker.SHUTDOWN_FLAG)):
+            while not (self._ends or self._loop.stopping or getattr(self.server, SHUTDOWN_REQUEST)):
                 self._start_missing()
                 self._loop.wait(self._timeout())
                 self._look_after()

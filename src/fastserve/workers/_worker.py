@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from fastserve._loop import Loop, SelectorLoop, State
+from fastserve._loop import IS_SHUT_DOWN, SHUTDOWN_REQUEST, Loop, SelectorLoop, State
 from fastserve.workers.threadpool import POOL
 
 # What the parent asks, and what a worker tells: one byte each.
@@ -24,8 +24,6 @@ RETIRES: Final = b"m"  # it has handled max_requests
 SHUT_DOWN: Final = b"s"  # a handler has called shutdown()
 
 SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # that a worker handles in its own way
-
-SHUTDOWN_FLAG: Final = "_BaseServer__shutdown_request"
 
 
 def count_of(server: Any) -> int:
@@ -103,7 +101,7 @@ class _Child:
     def stop(self) -> None:
         """End the loop; requests that run are handled first."""
         self.told = True
-        setattr(self._server, SHUTDOWN_FLAG, True)
+        setattr(self._server, SHUTDOWN_REQUEST, True)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop()
@@ -197,7 +195,7 @@ def _take_listener(server: Any, place: int, made: list[Any]) -> None:
     if made:
         server.socket = made[place]
         close_listeners(server, made)
-        made_here: Any = getattr(server, "_BaseServer__is_shut_down", None)
+        made_here: Any = getattr(server, IS_SHUT_DOWN, None)
         if hasattr(made_here, "made_in"):
             made_here.made_in = os.getpid()  # no other process receives from it
     elif server.socket.type == socket.SOCK_STREAM and server.socket.fileno() >= 0:

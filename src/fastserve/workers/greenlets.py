@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fastserve import _backend, _uncaught, _waiting, tls
 from fastserve._loop import Loop, State
+from fastserve._order import BeforeServer
 from fastserve.server import BaseServer, TCPServer, UDPServer, own_get_requests
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
@@ -21,7 +22,7 @@ TICK: Final = 0.05  # seconds between two looks at a hub, while another thread w
 _STDLIB_GET_REQUEST: Final = socketserver.TCPServer.get_request
 
 
-class GreenletMixIn(ThreadingMixIn):
+class GreenletMixIn(ThreadingMixIn, BeforeServer):
     """Handle each request in a greenlet: ``class Server(GreenletMixIn, TCPServer)``.
 
     The handlers are those of a threading server, unchanged, and all of them run in the thread of

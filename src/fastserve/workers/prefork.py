@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fastserve import _waiting
+from fastserve._order import BeforeServer
 from fastserve.server import BaseServer
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._supervisor import Supervisor
 
 if hasattr(os, "fork"):
 
-    class PreforkMixIn:
+    class PreforkMixIn(BeforeServer):
         """Serve with several processes: ``class Server(PreforkMixIn, ThreadingTCPServer)``.
 
         It goes with each of the other mix-ins, which then handle the requests in each of the processes, with each kind
@@ -77,7 +79,11 @@ if hasattr(os, "fork"):
             each worker, and by this one.
 
             :raises ValueError: if :attr:`workers` is less than 1, or the server is closed.
+            :raises RuntimeError: if :class:`GreenletMixIn` was named before this mix-in, or a greenlet calls it.
             """
+            if _waiting.running() is not None:
+                # The greenlets would be those of this process, and the workers would have none.
+                raise RuntimeError("this process has greenlets already: name PreforkMixIn before GreenletMixIn")
             Supervisor(self, following(__class__, self, "serve_forever"), poll_interval).run()  # type: ignore[name-defined]
 
         def shutdown(self) -> None:

@@ -8,7 +8,8 @@ import weakref
 from typing import Any, Final
 
 from fastserve import _backend, datagrams, pollers
-from fastserve._loop import Loop, State
+from fastserve._loop import SHUTDOWN_REQUEST, Loop, State
+from fastserve._order import BeforeServer
 from fastserve.server import BaseServer, TCPServer, UDPServer, request_timeout
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._pool import Limits, Pool, default_workers
@@ -17,10 +18,8 @@ from fastserve.workers.threads import ThreadingMixIn, method_for_thread
 POOL: Final = "_fastserve_pool"  # the key in the server's __dict__
 TICK: Final = 0.05  # seconds between two looks at the flag, while a loop's thread waits inside process_request()
 
-_SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
 
-
-class ThreadPoolMixIn(ThreadingMixIn):
+class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
     """Handle requests in threads that are used again: ``class Server(ThreadPoolMixIn, TCPServer)``.
 
     A thread is started when a request comes and all others are busy, up to :attr:`max_workers`; then requests are
@@ -46,7 +45,7 @@ class ThreadPoolMixIn(ThreadingMixIn):
 
     max_queued = 64
 
-    _BaseServer__shutdown_request = vars(BaseServer)[_SHUTDOWN_REQUEST]
+    _BaseServer__shutdown_request = vars(BaseServer)[SHUTDOWN_REQUEST]
 
     _BaseServer__is_shut_down: Any = IsShutDown()
 
@@ -141,7 +140,7 @@ def _wait_for_place(server: Any, pool: Pool, limits: Limits) -> None:
     """Wait until there is a place, or the loop of the calling thread is to stop."""
     loop = State.of(server).own_loop()
     while not pool.wait_for_place(limits, TICK):
-        if getattr(server, _SHUTDOWN_REQUEST, False) or (loop is not None and loop.stopping):
+        if getattr(server, SHUTDOWN_REQUEST, False) or (loop is not None and loop.stopping):
             return
 
 
