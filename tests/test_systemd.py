@@ -525,7 +525,7 @@ def test_the_file_of_a_unix_socket_has_the_permissions_and_the_owner(here: Path)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [([], [0, 0]), (["--nodelay"], [1, 0]), (["--keepalive", "--nodelay"], [1, 1])]
+    ("options", "expected"), [([], [1, 1]), (["--no-keepalive"], [1, 0]), (["--no-keepalive", "--no-nodelay"], [0, 0])]
 )
 def test_connections_have_the_options_for_tcp(here: Path, options: list[str], expected: list[int]) -> None:
     with started(serve("handlers:Options", "--bind", "127.0.0.1:0", *options), activate=False) as server:
