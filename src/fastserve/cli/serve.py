@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import fastserve
-from fastserve.cli import limits, listening, tls
+from fastserve.cli import limits, listening, tls, watchdog
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
@@ -30,6 +30,7 @@ get SIGTERM, a handler in the loop gets KeyboardInterrupt, one in a greenlet Gre
 The file of a Unix socket is removed, unless it came from outside.
 
 If NOTIFY_SOCKET is set, systemd is told READY=1 when the server serves, and STOPPING=1.
+If WATCHDOG_USEC is set too, WATCHDOG=1 twice in that time, while the loop goes round.
 
 With --workers SIGTERM lets requests that run end first, within --grace seconds; a second
 one cuts them off. SIGHUP replaces the processes one by one, and no client notices.
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.worker == "greenlet":
         require_greenlets()
     tls.check(args)
+    watched = watchdog.interval()
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         where = listening.where(args)
         raise UsageError(f"cannot serve on {where}: {getattr(error, 'strerror', None) or error}") from None
     with server:
-        _serve_until_stopped(server, args)
+        _serve_until_stopped(server, args, watchdog.watch(server, watched))
     return 0
 
 
@@ -169,7 +171,7 @@ def _is_unix(family: int) -> bool:
     return family == getattr(socket, "AF_UNIX", None)
 
 
-def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) -> None:
+def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace, poll_interval: float) -> None:
     """Print the address, and serve until SIGINT or SIGTERM."""
     pid = os.getpid()
 
@@ -194,7 +196,7 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
         how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         listening.tell_systemd("READY=1")
-        server.serve_forever()
+        server.serve_forever(poll_interval)
     listening.tell_systemd("STOPPING=1")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for
