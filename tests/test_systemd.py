@@ -717,7 +717,8 @@ DIRECTIVES = {
     "Install": {"WantedBy", "Also"},
     "Socket": {"ListenStream", "FileDescriptorName", "Backlog", "NoDelay", "KeepAlive"},
     "Service": """
-        Type ExecStart Restart RestartSec Environment TimeoutStopSec WatchdogSec DynamicUser NoNewPrivileges ProtectSystem
+        Type ExecStart Restart RestartSec Environment TimeoutStopSec WatchdogSec DynamicUser NoNewPrivileges
+        ProtectSystem
         ProtectHome ProtectProc ProcSubset ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules
         ProtectKernelTunables
         ProtectControlGroups PrivateTmp PrivateDevices PrivateUsers PrivateNetwork RestrictAddressFamilies
