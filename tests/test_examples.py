@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -311,6 +313,44 @@ def test_resp_server_keeps_what_its_clients_store(start: Start) -> None:
             connection.sendall(b"PING\r\n")
             assert connection.recv(100) == b"+PONG\r\n"
             # A client that stays does not keep the server from its end.
+            assert server.interrupt() == "stopped\n"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """A Redis of its own, on a Unix socket; its URL."""
+    pytest.importorskip("redis", reason="redis-py is not installed")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    path = tmp_path / "redis.sock"
+    options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(path.exists)
+            yield f"unix://{path}"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_redis_counter_is_shared_by_all_processes_and_outlives_them(start: Start, redis: str) -> None:
+    counted = 0
+    for _ in range(2):
+        with start("redis_counter.py", "--workers", "2", "--redis", redis) as server:
+            port = server.port()
+            processes: set[str] = set()
+
+            def count(port: int = port, processes: set[str] = processes) -> bool:
+                nonlocal counted
+                counted += 2
+                first, second = talk(("127.0.0.1", port), b"a\nb\n").decode().splitlines()
+                name, _, number = second.partition(": ")
+                assert (first, int(number)) == (f"{name}: {counted - 1}", counted)
+                processes.add(name)
+                return len(processes) == 2
+
+            wait_until(count)
             assert server.interrupt() == "stopped\n"
 
 

@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ class Pid(fastserve.BaseRequestHandler):
         import os
         self.request.recv(1)
         self.request.sendall(b"%d" % os.getpid())
+
+class Asleep(fastserve.BaseRequestHandler):
+    def handle(self):
+        import time
+        self.request.sendall(b"asleep")
+        time.sleep(3600)
 
 class Descriptors(fastserve.BaseRequestHandler):
     def handle(self):
@@ -149,7 +156,9 @@ def address_of(server: subprocess.Popen[str]) -> str:
     """Return the address that ``fastserve serve`` prints."""
     assert server.stdout is not None and server.stderr is not None
     line = server.stdout.readline()
-    found = re.fullmatch(r"Serving \S+ on (\S+) \([a-z ]+, [a-z]+(?:, 2 processes)?\); Ctrl-C stops\n", line)
+    found = re.fullmatch(
+        r"Serving \S+ on (\S+) \([a-z ]+, [a-z]+(?:, 1 process|, 2 processes)?\); Ctrl-C stops\n", line
+    )
     assert found, (line, "" if line else server.stderr.read())
     return found[1]
 
@@ -525,7 +534,7 @@ def test_the_file_of_a_unix_socket_has_the_permissions_and_the_owner(here: Path)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [([], [0, 0]), (["--nodelay"], [1, 0]), (["--keepalive", "--nodelay"], [1, 1])]
+    ("options", "expected"), [([], [1, 1]), (["--no-keepalive"], [1, 0]), (["--no-keepalive", "--no-nodelay"], [0, 0])]
 )
 def test_connections_have_the_options_for_tcp(here: Path, options: list[str], expected: list[int]) -> None:
     with started(serve("handlers:Options", "--bind", "127.0.0.1:0", *options), activate=False) as server:
@@ -561,6 +570,135 @@ def test_systemds_own_tool_activates_a_server(here: Path) -> None:
         assert server.wait(LIMIT) == 0
 
 
+# The watchdog
+
+PINGED = 0.4  # seconds
+
+
+def watched(*arguments: str, **variables: str) -> Any:
+    """Run ``fastserve serve`` as a service with ``WatchdogSec=``."""
+    bound = arguments if "--bind" in arguments else (*arguments, "--bind", "127.0.0.1:0")
+    usec = {"WATCHDOG_USEC": str(int(PINGED * 1e6))}
+    return started(serve(*bound), activate=False, NOTIFY_SOCKET=os.path.abspath("notify-of-test"), **usec | variables)
+
+
+def pings(manager: Manager, seconds: float) -> int:
+    """Count what comes until nothing has come for so many seconds, which is to be ``WATCHDOG=1``."""
+    count = 0
+    manager.socket.settimeout(seconds)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            assert manager.told() == "WATCHDOG=1"
+            count += 1
+    manager.socket.settimeout(LIMIT)
+    return count
+
+
+@pytest.mark.parametrize("worker", [*WORKERS, "threadpool", "fork"])
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--udp"]], ids=["one", "workers", "udp"])
+def test_the_watchdog_is_told_while_the_loop_goes_round(here: Path, worker: str, options: list[str]) -> None:
+    handler = "handlers:Packets" if "--udp" in options else "handlers:Lines"
+    with Manager("notify-of-test") as manager, watched(handler, "--worker", worker, *options) as server:
+        assert manager.told() == "READY=1"
+        begun = time.monotonic()
+        assert [manager.told() for _ in range(9)] == ["WATCHDOG=1"] * 9
+        assert time.monotonic() - begun >= 7 * PINGED / 4  # and no more often
+        server.send_signal(signal.SIGTERM)
+        told = ["WATCHDOG=1"]
+        while told[-1] == "WATCHDOG=1":
+            told.append(manager.told())
+        assert told[-1] == "STOPPING=1"
+        output, errors = server.communicate(timeout=LIMIT)
+        assert (server.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("worker", [worker for worker in WORKERS if worker != "threads"])
+def test_a_loop_that_stands_still_tells_nothing(here: Path, worker: str) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Asleep", "--worker", worker) as server:
+        assert manager.told() == "READY=1"
+        assert manager.told() == "WATCHDOG=1"
+        with socket.create_connection(port_of(server), LIMIT) as client:
+            assert client.recv(10) == b"asleep"
+            pings(manager, 5 * PINGED)  # ends: no more comes
+
+
+def test_a_parent_that_stands_still_tells_nothing(here: Path) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Lines", "--workers", "2") as server:
+        assert manager.told() == "READY=1"
+        assert manager.told() == "WATCHDOG=1"
+        server.send_signal(signal.SIGSTOP)
+        try:
+            pings(manager, 5 * PINGED)
+        finally:
+            server.send_signal(signal.SIGCONT)
+        assert manager.told() == "WATCHDOG=1"
+        stop_watched(server, manager)
+
+
+@pytest.mark.parametrize("options", [["--worker", "threads"], ["--workers", "1"]], ids=["threads", "workers"])
+def test_a_handler_that_sleeps_is_no_hung_loop(here: Path, options: list[str]) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Asleep", *options) as server:
+        assert manager.told() == "READY=1"
+        with socket.create_connection(port_of(server), LIMIT) as client:
+            assert client.recv(10) == b"asleep"
+            assert [manager.told() for _ in range(6)] == ["WATCHDOG=1"] * 6
+            cut_off(server, manager, signal.SIGINT)
+
+
+def test_the_watchdog_is_told_while_the_workers_end(here: Path) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Asleep", "--workers", "1", "--grace", "60") as server:
+        assert manager.told() == "READY=1"
+        with socket.create_connection(port_of(server), LIMIT) as client:
+            assert client.recv(10) == b"asleep"
+            server.send_signal(signal.SIGTERM)
+            assert [manager.told() for _ in range(12)] == ["WATCHDOG=1"] * 12
+            cut_off(server, manager, signal.SIGTERM)
+
+
+def test_a_watchdog_of_another_process_is_not_told(here: Path) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Lines", WATCHDOG_PID="1") as server:
+        assert manager.told() == "READY=1"
+        assert pings(manager, 3 * PINGED) == 0
+        stop_watched(server, manager)
+
+
+def test_a_malformed_watchdog_gives_one_line_and_status_2(here: Path) -> None:
+    with Manager("notify-of-test"), watched("handlers:Lines", WATCHDOG_USEC="soon") as server:
+        output, errors = server.communicate(timeout=LIMIT)
+        assert (server.returncode, output) == (2, "")
+        expected = "fastserve serve: the watchdog of systemd: WATCHDOG_USEC='soon' is not a positive number\n"
+        assert errors == expected
+
+
+def test_a_handler_still_collects_its_children_under_the_watchdog(here: Path) -> None:
+    with Manager("notify-of-test") as manager, watched("handlers:Pid", "--worker", "fork") as server:
+        assert manager.told() == "READY=1"
+        address = port_of(server)
+        children = {int(talk(address, b"x")) for _ in range(3)}
+        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
+        stop_watched(server, manager)
+
+
+def cut_off(server: subprocess.Popen[str], manager: Manager, signum: int) -> None:
+    """End a server and its processes at once. Who tells waits while there is no room for it."""
+    server.send_signal(signum)
+    manager.socket.settimeout(0.05)
+    deadline = time.monotonic() + LIMIT
+    while server.poll() is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(TimeoutError):
+            manager.told()
+
+
+def stop_watched(server: subprocess.Popen[str], manager: Manager) -> None:
+    """Stop a server, which may have told more than fits, were nobody to listen."""
+    server.send_signal(signal.SIGTERM)
+    while manager.told() != "STOPPING=1":
+        pass
+    _, errors = server.communicate(timeout=LIMIT)
+    assert (server.returncode, errors) == (0, "")
+
+
 # The units in deploy/
 
 
@@ -579,7 +717,8 @@ DIRECTIVES = {
     "Install": {"WantedBy", "Also"},
     "Socket": {"ListenStream", "FileDescriptorName", "Backlog", "NoDelay", "KeepAlive"},
     "Service": """
-        Type ExecStart Restart RestartSec Environment TimeoutStopSec DynamicUser NoNewPrivileges ProtectSystem
+        Type ExecStart Restart RestartSec Environment TimeoutStopSec WatchdogSec DynamicUser NoNewPrivileges
+        ProtectSystem
         ProtectHome ProtectProc ProcSubset ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules
         ProtectKernelTunables
         ProtectControlGroups PrivateTmp PrivateDevices PrivateUsers PrivateNetwork RestrictAddressFamilies

@@ -18,6 +18,7 @@ from time import monotonic as time  # noqa: F401
 from typing import TYPE_CHECKING, Any
 
 from fastserve._backend import implementation
+from fastserve._lines import LineTooLong
 from fastserve._version import __version__
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from fastserve.limits import LimitsMixIn
@@ -58,6 +59,7 @@ __extensions__ = [
     "GreenletTCPServer",
     "GreenletUDPServer",
     "LimitsMixIn",
+    "LineTooLong",
     "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",
@@ -87,6 +89,7 @@ __all__ = [
     "GreenletTCPServer",
     "GreenletUDPServer",
     "LimitsMixIn",
+    "LineTooLong",
     "LoggingMixIn",
     "ProxyInfo",
     "ProxyProtocolError",

@@ -14,6 +14,7 @@ from libc.errno cimport EAGAIN, EBADF, EINTR
 from libc.string cimport memchr, memcpy, memset
 
 from fastserve import _green_py
+from fastserve._lines import LineTooLong as _LineTooLong
 from fastserve cimport _streams
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
@@ -299,6 +300,7 @@ cdef class Reader:
     cdef object sock  # the connection; None when it is closed
     cdef bytes rest  # received and not read yet, from ``position`` on
     cdef Py_ssize_t position
+    cdef public Py_ssize_t max_line  # see LimitsMixIn; -1 where there is no limit
     cdef bint timed_out, detached
     cdef object made_raw
     cdef object __weakref__
@@ -306,6 +308,7 @@ cdef class Reader:
     def __init__(self, connection):
         self.sock = connection
         self.rest = b""
+        self.max_line = -1
         connection._io_refs += 1
 
     def __del__(self):
@@ -392,12 +395,22 @@ cdef class Reader:
             raise
 
     def readline(self, size=-1, /):
+        cdef Py_ssize_t limit = -1 if size is None else size
+        cdef bytes line
+        if limit >= 0 or self.max_line < 0:
+            return self.next_line(limit)
+        line = self.next_line(self.max_line + 1)
+        if PyBytes_GET_SIZE(line) > self.max_line:
+            raise _LineTooLong(self.max_line)
+        return line
+
+    cdef bytes next_line(self, Py_ssize_t limit):
+        """Return a line, or so many bytes of it; all of it if the limit is negative."""
         cdef Hub hub
-        cdef Py_ssize_t limit, length, start
+        cdef Py_ssize_t length, start
         cdef const char *found
         cdef const char *begin
         cdef bytes line
-        limit = -1 if size is None else size
         self.begin()
         length = self.left()
         if length:
@@ -431,7 +444,7 @@ cdef class Reader:
             self.keep(b"", 0)
         return line
 
-    def long_line(self, Py_ssize_t limit):
+    cdef bytes long_line(self, Py_ssize_t limit):
         """Return a line of which what is left is only a part."""
         cdef list parts = []
         cdef Py_ssize_t size = 0

@@ -10,6 +10,7 @@ import time
 import weakref
 from typing import Any, Final
 
+from fastserve import _lines
 from fastserve._loop import Loop, State, watch_forks
 from fastserve._order import BeforeServer
 
@@ -36,6 +37,10 @@ class LimitsMixIn(BeforeServer):
         the default, is endless.
     :cvar idle_timeout: seconds that the client may take for each read and write, as ``StreamRequestHandler.timeout``,
         but for handlers of every class, and without a report. ``None``, the default, is endless.
+    :cvar max_line: bytes that a line may have, with its newline, for handlers of every class: the first file that is
+        made of the connection to read, ``rfile``, raises :exc:`LineTooLong` for a longer one, and that is reported.
+        ``readline(size)`` is as without it, and so is every other read. ``None``, the default, is endless, as for the
+        stdlib; the handlers of :mod:`http.server` give a size themselves.
     :ivar refused_connections: how many were closed because of :attr:`max_connections_per_client`.
     :ivar overdue_requests: how many connections were shut down because of :attr:`request_timeout`.
     """
@@ -48,13 +53,15 @@ class LimitsMixIn(BeforeServer):
 
     idle_timeout: float | None = None
 
+    max_line: int | None = None
+
     refused_connections = 0
 
     overdue_requests = 0
 
     def server_activate(self) -> None:
         """Listen. Raises ``ValueError`` if a limit makes no sense; the constructor closes the listener then."""
-        for name in ("max_connections", "max_connections_per_client", "request_timeout", "idle_timeout"):
+        for name in ("max_connections", "max_connections_per_client", "request_timeout", "idle_timeout", "max_line"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be greater than 0")
@@ -79,6 +86,8 @@ class LimitsMixIn(BeforeServer):
         """Handle the request within its limits. The worker's thread calls it."""
         if self.idle_timeout is not None:
             request.settimeout(self.idle_timeout)
+        if self.max_line is not None:
+            _lines.limit(request, self.max_line)
         if self.request_timeout is None:
             super().finish_request(request, client_address)  # type: ignore[misc]
             return

@@ -26,3 +26,13 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:11]) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2147483647")
     return int(text)
+
+
+def limit(text: str) -> int:
+    """Convert an argument to a limit: a positive whole number, or 0, also written ``off``, for none."""
+    if text in ("0", "off"):
+        return 0
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor off") from None

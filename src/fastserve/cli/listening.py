@@ -6,10 +6,14 @@ import argparse
 import os
 import socket
 import sys
-from typing import Any
+from typing import Any, Final
 
 from fastserve import systemd
 from fastserve.cli.arguments import UsageError
+
+# Idle seconds, seconds between probes, probes: a client that has gone without a word is noticed after two minutes. The
+# system's own two hours are longer than the firewalls and balancers in between remember a connection.
+KEEPALIVE: Final = (60, 15, 4)
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket-mode", metavar="MODE", type=_mode, help=help)
     help = "who owns the file of a Unix socket: names or numbers"
     parser.add_argument("--socket-owner", metavar="USER[:GROUP]", type=_owner, help=help)
-    parser.add_argument("--keepalive", action="store_true", help="TCP connections with SO_KEEPALIVE")
-    parser.add_argument("--nodelay", action="store_true", help="TCP connections with TCP_NODELAY")
+    help = f"TCP connections with SO_KEEPALIVE, and a probe after {KEEPALIVE[0]} idle seconds (default: yes)"
+    parser.add_argument("--keepalive", action=argparse.BooleanOptionalAction, help=help)
+    help = "TCP connections with TCP_NODELAY (default: yes)"
+    parser.add_argument("--nodelay", action=argparse.BooleanOptionalAction, help=help)
 
 
 def _descriptor(text: str) -> int:
@@ -81,7 +87,7 @@ def wrong(args: argparse.Namespace) -> list[tuple[object, str]]:
         ),
         (args.dual_stack and args.bind[:1] not in "[:", "--dual-stack is for --bind [IPV6]:PORT and --bind :PORT"),
         (for_file and not has_file, "--socket-mode and --socket-owner are for --bind unix:PATH"),
-        ((args.keepalive or args.nodelay) and not is_tcp, "--keepalive and --nodelay are for TCP"),
+        ((args.keepalive, args.nodelay) != (None, None) and not is_tcp, "--keepalive and --nodelay are for TCP"),
     ]
 
 
@@ -123,14 +129,14 @@ def for_both_kinds_of_ip(args: argparse.Namespace) -> str:
     return f"[::]{bind}" if args.dual_stack and bind.startswith(":") else bind
 
 
-def attributes(args: argparse.Namespace) -> dict[str, Any]:
+def attributes(args: argparse.Namespace, is_tcp: bool) -> dict[str, Any]:
     """Return the attributes of the server class that the options mean."""
     return {
         "dual_stack": args.dual_stack,
         "socket_mode": args.socket_mode,
         "socket_owner": args.socket_owner,
-        "keepalive": args.keepalive or None,
-        "tcp_nodelay": args.nodelay,
+        "keepalive": KEEPALIVE if (is_tcp if args.keepalive is None else args.keepalive) else None,
+        "tcp_nodelay": is_tcp if args.nodelay is None else args.nodelay,
         "unlink_on_close": True,
     }
 

@@ -13,13 +13,10 @@ from typing import Any, Final
 
 import fastserve
 from fastserve import sockets
-from fastserve.cli import listening, tls
+from fastserve.cli import limits, listening, tls, watchdog
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
-
-# Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
-DEFAULT_REQUEST_QUEUE_SIZE: Final = 128
 
 DEFAULT_GRACE: Final = 30  # seconds
 
@@ -34,6 +31,7 @@ get SIGTERM, a handler in the loop gets KeyboardInterrupt, one in a greenlet Gre
 The file of a Unix socket is removed, unless it came from outside.
 
 If NOTIFY_SOCKET is set, systemd is told READY=1 when the server serves, and STOPPING=1.
+If WATCHDOG_USEC is set too, WATCHDOG=1 twice in that time, while the loop goes round.
 
 With --workers SIGTERM lets requests that run end first, within --grace seconds; a second
 one cuts them off. SIGHUP replaces the processes one by one, and no client notices.
@@ -64,24 +62,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--worker", choices=WORKERS, default="threads", help=help)
     help = f"threads, with --worker threadpool (default here: {default_workers()})"
     parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
-    help = "requests that are handled at a time, with --worker greenlet (default: no limit; others wait in the kernel)"
-    parser.add_argument("--max-connections", metavar="N", type=positive, help=help)
     help = "processes that serve together, each as --worker says; one that ends is replaced (default: this one alone)"
     parser.add_argument("--workers", metavar="N", type=positive, help=help)
     help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
     parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
-    help = "connections at a time from one address; further ones are closed (default: no limit)"
-    parser.add_argument("--max-connections-per-client", metavar="N", type=positive, help=help)
-    help = "seconds that a handler has; its connection is shut down then (default: no limit)"
-    parser.add_argument("--request-timeout", metavar="SECONDS", type=positive, help=help)
-    help = "seconds that a client may take for each read and write (default: no limit)"
-    parser.add_argument("--idle-timeout", metavar="SECONDS", type=positive, help=help)
+    limits.add_options(parser)
     help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
         for each request; debug, also clients that have gone (default: only what handlers raise, as tracebacks)"
     parser.add_argument("--log-level", choices=("error", "info", "debug"), help=help)
-    help = f"connections that the kernel keeps until they are accepted (default: {DEFAULT_REQUEST_QUEUE_SIZE}; the \
-        system may have a lower limit)"
-    parser.add_argument("--request-queue-size", metavar="N", type=positive, help=help)
     help = f"bytes taken of a datagram, with --udp (default: {fastserve.UDPServer.max_packet_size}; the kernel drops \
         the rest)"
     parser.add_argument("--max-packet-size", metavar="N", type=positive, help=help)
@@ -97,18 +85,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises ``UsageError``."""
     is_unix = args.bind.startswith("unix:")
     for wrong, message in (
-        (args.udp and args.request_queue_size, "--request-queue-size is for connections: not with --udp"),
         (not args.udp and args.max_packet_size, "--max-packet-size is for datagrams: only with --udp"),
         (is_unix and args.reuse_address is not None, "--reuse-address is not for a Unix socket"),
         (is_unix and not hasattr(socket, "AF_UNIX"), "this system has no Unix sockets"),
         *listening.wrong(args),
+        *limits.wrong(args),
         (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
-        (args.max_connections and args.worker != "greenlet", "--max-connections is for --worker greenlet"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
         (args.workers and not hasattr(os, "fork"), "--workers: this system has no fork"),
-        (args.udp and args.max_connections_per_client, "--max-connections-per-client is not for --udp"),
-        (args.udp and args.request_timeout, "--request-timeout is not for --udp"),
-        (args.udp and args.idle_timeout, "--idle-timeout is not for --udp"),
         (args.grace and not args.workers, "--grace is for --workers"),
     ):
         if wrong:
@@ -116,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.worker == "greenlet":
         require_greenlets()
     tls.check(args)
+    watched = watchdog.interval()
     handler = find_handler(args.target)
     try:
         server = _make_server(args, handler)
@@ -123,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         where = listening.where(args)
         raise UsageError(f"cannot serve on {where}: {getattr(error, 'strerror', None) or error}") from None
     with server:
-        _serve_until_stopped(server, args)
+        _serve_until_stopped(server, args, watchdog.watch(server, watched))
     return 0
 
 
@@ -152,28 +137,26 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         family, address = _resolve(bind, socket.SOCK_DGRAM if args.udp else socket.SOCK_STREAM)
     else:
         family, address = inherited.family, None
+    is_tcp = not args.udp and not _is_unix(family) and (inherited is None or inherited.type == socket.SOCK_STREAM)
     kinds = ("UnixStreamServer", "UnixDatagramServer") if _is_unix(family) else ("TCPServer", "UDPServer")
     base = getattr(fastserve, WORKERS[args.worker] + kinds[args.udp])
     attributes: dict[str, Any] = {
         "address_family": family,
-        "request_queue_size": args.request_queue_size or DEFAULT_REQUEST_QUEUE_SIZE,
         "max_packet_size": args.max_packet_size or fastserve.UDPServer.max_packet_size,
         "allow_reuse_address": not args.udp if args.reuse_address is None else args.reuse_address,
         # The end of the server waits for no thread whose client is idle, but for the children, which were told to end.
         "daemon_threads": True,
         "block_on_close": args.worker == "fork",
         "max_workers": args.max_workers,
-        "max_connections": args.max_connections,
-        **listening.attributes(args),
+        **listening.attributes(args, is_tcp),
+        **limits.attributes(args),
     }
     bases: tuple[type, ...] = (base,)
     if args.tls_cert is not None:
         bases = (fastserve.TLSMixIn, *bases)
         attributes |= tls.attributes(args)
-    limits = {name: getattr(args, name) for name in ("max_connections_per_client", "request_timeout", "idle_timeout")}
-    if any(limits.values()):
+    if not args.udp:
         bases = (fastserve.LimitsMixIn, *bases)
-        attributes |= limits
     if args.log_level:
         logging = importlib.import_module("logging")
         logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
@@ -189,7 +172,7 @@ def _is_unix(family: int) -> bool:
     return family == getattr(socket, "AF_UNIX", None)
 
 
-def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) -> None:
+def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace, poll_interval: float) -> None:
     """Print the address, and serve until SIGINT or SIGTERM."""
     pid = os.getpid()
 
@@ -214,7 +197,7 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace) 
         how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         listening.tell_systemd("READY=1")
-        server.serve_forever()
+        server.serve_forever(poll_interval)
     listening.tell_systemd("STOPPING=1")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for

@@ -278,6 +278,7 @@ class Supervisor:
             while self.workers:
                 self._loop.wait(self._timeout())
                 self._look_after()
+                self.server.service_actions()
         finally:
             for worker in list(self.workers.values()):
                 self._kill(worker)

@@ -76,7 +76,7 @@ if hasattr(os, "fork"):
 
             The listener does not block any more then, nor afterwards: other processes may share it. A handler that
             calls ``shutdown()`` ends the workers too. ``service_actions()`` is called by the loop of
-            each worker, and by this one.
+            each worker, and by this one, also while it waits for the workers to end.
 
             :raises ValueError: if :attr:`workers` is less than 1, or the server is closed.
             :raises RuntimeError: if :class:`GreenletMixIn` was named before this mix-in, or a greenlet calls it.
