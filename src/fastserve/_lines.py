@@ -67,16 +67,17 @@ def limit(connection: Any, max_line: int) -> None:
     """
     attributes = getattr(connection, "__dict__", None)
     if attributes is None:
-        connection.__class__ = _limiting(type(connection), max_line)
+        cls: Any = type(connection)
+        connection.__class__ = _limiting(cls, max_line)
         return
     reference = weakref.ref(connection)  # the connection itself would be freed by the garbage collector alone
 
     def makefile(mode: str = "r", buffering: int | None = None, **options: Any) -> Any:
-        this = reference()
+        this: Any = reference()
         if mode != "rb":
             return type(this).makefile(this, mode, buffering, **options)
         del vars(this)[_MAKEFILE]
-        return _limited(this.makefile(mode, buffering, **options), buffering, max_line)  # type: ignore[union-attr]
+        return _limited(this.makefile(mode, buffering, **options), buffering, max_line)
 
     attributes[_MAKEFILE] = makefile
 
