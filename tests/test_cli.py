@@ -247,7 +247,7 @@ def test_version() -> None:
         ("serve handlers:Lines --max-connections 2", "fastserve serve", "--worker greenlet"),
         ("serve handlers:Lines --worker greenlet --max-connections 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --workers 0", "fastserve serve", "'0' is not a whole number"),
-        ("serve handlers:Lines --grace 5", "fastserve serve", "--workers"),
+        ("serve handlers:Lines --grace 0", "fastserve serve", "--grace"),
         ("serve handlers:Lines --idle-timeout 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Packets --udp --request-timeout 5", "fastserve serve", "--udp"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),

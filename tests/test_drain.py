@@ -60,7 +60,9 @@ class Ending(Silent):
     drain_ends_input = True
 
 
-def make(model: str, handler: Any = Kept, kind: str = "TCPServer", address: Any = ("127.0.0.1", 0), **attributes: Any) -> Any:
+def make(
+    model: str, handler: Any = Kept, kind: str = "TCPServer", address: Any = ("127.0.0.1", 0), **attributes: Any
+) -> Any:
     base = getattr(fastserve, model + kind)
     attributes = {"request_queue_size": 64, "reports": [], **attributes}
     server = type("Server", (fastserve.DrainMixIn, base), attributes)(address, handler)
@@ -599,6 +601,27 @@ def test_idle_does_nothing_where_nothing_drains(impl: str, base: Any) -> None:
             assert exchange(client) == b"line\n"
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize("model", IN_PROCESS)
+def test_a_later_call_may_shorten_the_time_that_another_waits(impl: str, model: str) -> None:
+    with make(model, Silent) as server, served(server), connected(server) as client:
+        assert exchange(client) == b"line\n"
+        if model:
+            server.shutdown()
+        drain = Draining(server)
+        assert server.drain(0) == 1
+        assert drain.result() == 1
+        assert is_ended(client)
+
+
+def test_a_prefork_server_that_does_not_serve() -> None:
+    server: Any = type("Server", (fastserve.PreforkMixIn, fastserve.TCPServer), {})(("127.0.0.1", 0), Kept)
+    with server:
+        assert server.drain() == 0
+        server.serve_forever()
+        assert server.fileno() == -1
+        assert server.drain(1) == 0
 
 
 def test_a_request_that_is_over_is_forgotten(impl: str) -> None:

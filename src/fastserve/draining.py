@@ -28,8 +28,9 @@ from fastserve.workers._following import IsShutDown, following
 
 REQUESTS: Final = "_fastserve_requests"  # the key in the server's __dict__
 
-TICK: Final = 0.05  # seconds between two looks at the requests, while they are waited for
-QUIET: Final = 0.1  # seconds for which a handler in another thread is to be seen idle; it may just have received something
+TICK: Final = 0.05  # seconds between two looks at the requests, while there are some that may be ended
+SLOW_TICK: Final = 0.5  # seconds between two looks otherwise: for a time limit that another call has set meanwhile
+QUIET: Final = 0.1  # seconds for which a handler in another thread is to be seen idle
 
 CUT: Final = 1.0  # seconds that are left to handlers to find out that their connections were cut
 
@@ -186,7 +187,8 @@ class DrainHTTPMixIn:
 
     A connection is closed while no byte of a request has come, kept or new, and never in the middle of one. Answers
     that begin while the server drains have ``Connection: close`` (RFC 9112, section 9.6). A request whose first bytes
-    came in the very moment in which the connection was closed is not handled; the client finds it closed, and sends the
+    came in the very moment in which the connection was closed is not handled, nor is one that was pipelined; the client finds it
+    closed, and sends the
     request again (section 9.3.1), as it has to with every server.
     """
 
@@ -330,6 +332,8 @@ class Requests:
                 self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
         State.of(server).shut_down = True
         setattr(server, _SHUTDOWN_REQUEST, True)
+        if timeout is not None and timeout <= 0:
+            self.cut_off(server)
         self.look(server)
         self._signal_children(server, signal.SIGTERM)
 
@@ -355,9 +359,10 @@ class Requests:
                 self.look(server)
                 self._loops_ended(server)
                 self._signal_children(server, signal.SIGTERM)
-                if not (self._serving or self._entries or self._children_of(server)):
+                children = self._children_of(server)
+                if not (self._serving or self._entries or children):
                     return
-                seconds = TICK
+                seconds = TICK if children or self._have_idle() else SLOW_TICK
                 if self._deadline is not None:
                     left = self._deadline - time.monotonic()
                     if left <= 0:
@@ -375,10 +380,12 @@ class Requests:
         :param waits: whether they are waited for although the server does not drain.
         """
         while hub.active:
-            seconds = TICK
+            seconds = SLOW_TICK
             if self.draining:
                 _close_listener(server)
                 self.look(server)
+                if self._have_idle():
+                    seconds = TICK
                 if self._deadline is not None:
                     left = self._deadline - time.monotonic()
                     if left <= 0:
@@ -400,6 +407,10 @@ class Requests:
                 if at_once or (entry.idle and (entry.thread == me or _is_quiet(entry))):
                     _end_input(entry, at_once)
 
+    def _have_idle(self) -> bool:
+        """Return whether there are handlers that wait for a request, and are to find the end of the stream."""
+        return any(entry.idle and not entry.ended for entry in list(self._entries.values()))
+
     def end_idle(self, entry: _Entry) -> None:
         """End the input of a connection whose handler has just begun to wait for a request."""
         with self.lock:
@@ -415,7 +426,7 @@ class Requests:
                     if isinstance(entry.request, socket.socket):
                         with contextlib.suppress(OSError):  # the client has gone
                             socket.socket.shutdown(entry.request, socket.SHUT_RDWR)
-            self.cut += self._signal_children(server, signal.SIGKILL)
+            self.cut += self._signal_children(server, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def _signal_children(self, server: Any, number: int) -> int:
         """Send a signal to the children of a forking server that have not got it yet; return to how many."""
@@ -462,7 +473,7 @@ def _end_input(entry: _Entry, at_once: bool) -> None:
         return
     try:
         if (at_once and _KEEPS_RECEIVED) or not _is_readable(request):
-            # An idle client gets nothing any more; OpenSSL 3 would tell it of an error when the stream ends without TLS.
+            # An idle client gets nothing any more: OpenSSL 3 would tell it that the end of the stream is an error.
             both = not at_once and _is_tls(request)
             # The method of ssl.SSLSocket would take away from under the handler what it uses.
             socket.socket.shutdown(request, socket.SHUT_RDWR if both else socket.SHUT_RD)

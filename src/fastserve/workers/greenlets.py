@@ -197,7 +197,7 @@ def _waits_for_requests(server: Any) -> bool:
 def _end_requests(server: Any, hub: Any) -> None:
     """Wait for the requests of a hub, or end them."""
     waits = _waits_for_requests(server)
-    requests = vars(server).get(REQUESTS)  # None without a DrainMixIn
+    requests = getattr(server, "__dict__", {}).get(REQUESTS)  # None without a DrainMixIn
     if requests is not None:
         waits = requests.wait_in_hub(server, hub, waits)
     if not waits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from fastserve.draining import DrainMixIn, requests_of
 from fastserve.workers import _worker
@@ -26,8 +25,8 @@ if hasattr(os, "fork"):
         a second SIGTERM end them at once; SIGHUP replaces them one by one, while the listener stays open. A worker
         whose parent is gone ends as after SIGTERM.
 
-        A worker that is to end closes the connections of idle clients whose handlers have said that this may be: it is a
-        :class:`DrainMixIn`.
+        It is a :class:`DrainMixIn`: a worker that is to end closes the connections of idle clients, where their
+        handlers have said that it may.
 
         :cvar workers: how many processes, at least 1; ``None``, the default, is one for each processor that may be
             used.
