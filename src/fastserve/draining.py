@@ -30,7 +30,7 @@ REQUESTS: Final = "_fastserve_requests"  # the key in the server's __dict__
 
 TICK: Final = 0.05  # seconds between two looks at the requests, while there are some that may be ended
 SLOW_TICK: Final = 0.5  # seconds between two looks otherwise: for a time limit that another call has set meanwhile
-QUIET: Final = 0.1  # seconds for which a handler in another thread is to be seen idle
+QUIET: Final = 0.1  # seconds for which a handler is to be seen idle; it may just have received something
 
 CUT: Final = 1.0  # seconds that are left to handlers to find out that their connections were cut
 
@@ -187,9 +187,8 @@ class DrainHTTPMixIn:
 
     A connection is closed while no byte of a request has come, kept or new, and never in the middle of one. Answers
     that begin while the server drains have ``Connection: close`` (RFC 9112, section 9.6). A request whose first bytes
-    came in the very moment in which the connection was closed is not handled, nor is one that was pipelined; the client finds it
-    closed, and sends the
-    request again (section 9.3.1), as it has to with every server.
+    came in the very moment in which the connection was closed is not handled, nor is one that was pipelined: the client
+    finds the connection closed, and sends the request again (section 9.3.1), as it has to with every server.
     """
 
     def handle_one_request(self) -> None:
@@ -278,16 +277,19 @@ class Requests:
         if self._process != os.getpid() and isinstance(server, _FORKING):
             self._begin_process()
             self._is_child = True
+            self._is_driven = False
             signal.signal(signal.SIGTERM, lambda number, frame: self._on_term(server, number, frame))
             signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
         if self.draining:
             self.look(server)
+            if self._is_child:
+                self.drive(server)
 
     def _on_term(self, server: Any, number: int, frame: FrameType | None) -> None:
         """Be told, in a child, that its parent drains."""
         self.draining = True
         _close_listener(server)  # as long as it is open anywhere, clients connect, and wait in vain
-        self.look(server)
+        self.drive(server)
 
     def remove(self, request: Any) -> None:
         if self._process != os.getpid():
@@ -383,7 +385,7 @@ class Requests:
             seconds = SLOW_TICK
             if self.draining:
                 _close_listener(server)
-                self.look(server)
+                self.look(server, certain=True)  # they all wait, or have not begun
                 if self._have_idle():
                     seconds = TICK
                 if self._deadline is not None:
@@ -397,14 +399,17 @@ class Requests:
             hub.drain(seconds)
         return True
 
-    def look(self, server: Any) -> None:
-        """End the input of all connections of which the handlers have said that it may be."""
+    def look(self, server: Any, certain: bool = False) -> None:
+        """End the input of all connections of which the handlers have said that it may be.
+
+        :param certain: whether no handler of the calling thread has received anything that it has not taken note of.
+        """
         handler = server.RequestHandlerClass
         at_once = getattr(getattr(handler, "func", handler), "drain_ends_input", False)  # it may be a partial
         me = threading.get_ident()
         with self.lock:
             for entry in list(self._entries.values()):
-                if at_once or (entry.idle and (entry.thread == me or _is_quiet(entry))):
+                if at_once or (entry.idle and ((certain and entry.thread == me) or _is_quiet(entry))):
                     _end_input(entry, at_once)
 
     def _have_idle(self) -> bool:
@@ -455,9 +460,10 @@ class Requests:
 
 
 def _is_quiet(entry: _Entry) -> bool:
-    """Return whether a handler in another thread has been seen idle for so long that it has received nothing.
+    """Return whether a handler has been seen idle for so long that it has received nothing.
 
-    What it has received is not with the kernel any more, and it may have to wait for its turn to take note of it.
+    What it has received is not with the kernel any more, and it may have to wait for its turn to take note of it, or be
+    interrupted by the signal handler that asks.
     """
     now = time.monotonic()
     if entry.seen != entry.turn:

@@ -106,7 +106,9 @@ class _Child:
     def stop(self) -> None:
         """End the loop; requests that run are handled first. Whose clients are idle end now, if they may."""
         self.told = True
-        requests_of(self._server).begin(self._server, None)
+        requests = requests_of(self._server)
+        requests.begin(self._server, None)
+        requests.drive(self._server)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop()
