@@ -434,14 +434,17 @@ class Requests:
             self.cut += self._signal_children(server, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def _signal_children(self, server: Any, number: int) -> int:
-        """Send a signal to the children of a forking server that have not got it yet; return to how many."""
+        """Send a signal to the children of a forking server; return to how many for the first time.
+
+        It is sent again and again: one that comes just before a call of the kernel does not interrupt it, and Python
+        would see to it afterwards.
+        """
         count = 0
         for pid in self._children_of(server):
-            if (pid, number) not in self._told:
-                self._told.add((pid, number))
-                count += 1
-                with contextlib.suppress(ProcessLookupError):  # somebody else has collected it
-                    os.kill(pid, number)
+            count += (pid, number) not in self._told
+            self._told.add((pid, number))
+            with contextlib.suppress(ProcessLookupError):  # somebody else has collected it
+                os.kill(pid, number)
         return count
 
     def _children_of(self, server: Any) -> list[int]:
