@@ -30,8 +30,11 @@ class Handler(fastserve.BaseRequestHandler):
             listener.sendto(self.answer(data.decode().split()), self.client_address)
             return
         with self.request.makefile("rb") as lines:
-            for line in lines:
+            while line := self.next_line(lines):
                 self.request.sendall(self.answer(line.decode().split()) + b"\n")
+
+    def next_line(self, lines: Any) -> bytes:
+        return lines.readline()  # type: ignore[no-any-return]
 
     def answer(self, words: list[str]) -> bytes:
         match words:
@@ -54,7 +57,16 @@ class Handler(fastserve.BaseRequestHandler):
         return b"done"
 
 
-class Http(http.server.BaseHTTPRequestHandler):
+class Kept(Handler):
+    """Say that a client may be closed which has not begun a request."""
+
+    def next_line(self, lines: Any) -> bytes:
+        with fastserve.idle(self):
+            lines.peek(1)
+        return super().next_line(lines)
+
+
+class Http(fastserve.DrainHTTPMixIn, http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = str(os.getpid()).encode()
         self.send_response(200)
@@ -91,6 +103,8 @@ def main() -> None:
     extra = Extra if options.pop("counts_actions", False) else Quiet
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
     stop_after = options.pop("stop_after", None)
+    drain_after, drain_timeout = options.pop("drain_after", None), options.pop("drain_timeout", None)
+    line_handler = Kept if options.pop("kept", False) else Handler
     address = options.pop("address", ["127.0.0.1", 0])
     mix_ins = [getattr(fastserve, mix_in) for mix_in in options.pop("mix_ins", [])]
     if log := options.pop("log", None):
@@ -99,7 +113,7 @@ def main() -> None:
         bases: Any = (fastserve.GreenletMixIn, http.server.HTTPServer)
         handler: Any = Http
     else:
-        bases, handler = (getattr(fastserve, name),), Handler
+        bases, handler = (getattr(fastserve, name),), line_handler
     if options.get("workers") != 0:
         bases = (extra, *mix_ins, fastserve.PreforkMixIn, *bases)
     attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
@@ -111,6 +125,8 @@ def main() -> None:
     with server:
         if stop_after is not None:
             threading.Timer(stop_after, server.shutdown).start()
+        if drain_after is not None:
+            threading.Timer(drain_after, lambda: os.write(1, b"drained %d\n" % server.drain(drain_timeout))).start()
         try:
             server.serve_forever()
         finally:

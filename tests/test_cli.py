@@ -248,7 +248,7 @@ def test_version() -> None:
         ("serve handlers:Lines --max-workers 2", "fastserve serve", "--worker threadpool"),
         ("serve handlers:Lines --worker threadpool --max-workers 0", "fastserve serve", "'0' is not a whole number"),
         ("serve handlers:Lines --workers 0", "fastserve serve", "'0' is not a whole number"),
-        ("serve handlers:Lines --grace 5", "fastserve serve", "--workers"),
+        ("serve handlers:Lines --grace 0", "fastserve serve", "--grace"),
         ("serve handlers:Packets --udp --request-timeout 5", "fastserve serve", "--udp"),
         ("serve handlers:Lines --bind 8000", "fastserve serve", "HOST:PORT"),
         ("serve handlers:Lines --bind localhost:http", "fastserve serve", "port"),

@@ -252,6 +252,56 @@ def test_what_does_not_end_in_time_is_cut_off(impl: str, tmp_path: Path) -> None
         assert "has not ended in time, and is killed" in server.errors()
 
 
+ENDLESS = 10.0**6  # seconds that nobody waits
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_worker_does_not_wait_for_idle_clients(impl: str, name: str, tmp_path: Path) -> None:
+    options = {"kept": True, "graceful_timeout": ENDLESS, "workers": 1}
+    with program(tmp_path, impl, name, **options) as server, server.connect() as client:
+        first = server.workers()
+        assert exchange(client, "pid")
+        server.send(signal.SIGHUP)
+        assert client.recv(1) == b""
+        wait_until(lambda: len(server.workers()) == 1 and server.workers() != first)
+        with server.connect() as other:
+            assert exchange(other, "pid")
+            server.send(signal.SIGTERM)
+            assert other.recv(1) == b""
+        assert server.ended() == 0 and not server.workers() and server.errors() == ""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_worker_ends_what_runs_and_then_its_connection(impl: str, name: str, tmp_path: Path) -> None:
+    options = {"kept": True, "graceful_timeout": ENDLESS, "workers": 1}
+    with program(tmp_path, impl, name, **options) as server, server.connect() as client:
+        assert exchange(client, "pid")
+        client.sendall(b"sleep 1\n")
+        time.sleep(0.3)  # it has begun then
+        server.send(signal.SIGTERM)
+        with client.makefile("rb") as file:
+            assert file.read() == b"done\n"
+        assert server.ended() == 0 and server.errors() == ""
+
+
+def test_drain_in_the_parent_ends_the_workers(impl: str, tmp_path: Path) -> None:
+    options = {"kept": True, "graceful_timeout": ENDLESS, "drain_after": 1.0, "workers": 1}
+    with program(tmp_path, impl, "ThreadingTCPServer", **options) as server, server.connect() as client:
+        assert exchange(client, "pid")
+        assert client.recv(1) == b""
+        assert server.ended() == 0 and not server.workers() and server.errors() == ""
+        assert "drained 0" in server.lines
+
+
+def test_drain_in_the_parent_returns_how_many_workers_were_killed(impl: str, tmp_path: Path) -> None:
+    options = {"graceful_timeout": ENDLESS, "drain_after": 1.0, "drain_timeout": 0.3, "workers": 2}
+    with program(tmp_path, impl, "ThreadingTCPServer", **options) as server, server.connect() as client:
+        assert exchange(client, "pid")
+        assert server.ended() == 0 and not server.workers()
+        assert server.errors().count("has not ended in time, and is killed") == 1
+        assert "drained 1" in server.lines
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_sigint_ends_all_at_once(impl: str, name: str, tmp_path: Path) -> None:
     with program(tmp_path, impl, name, daemon_threads=False) as server, server.connect() as client:

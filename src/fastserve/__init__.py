@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastserve._backend import implementation
 from fastserve._lines import LineTooLong
 from fastserve._version import __version__
+from fastserve.draining import DrainHTTPMixIn, DrainMixIn, idle
 from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from fastserve.limits import LimitsMixIn
 from fastserve.logs import LoggingMixIn
@@ -55,6 +56,8 @@ def __getattr__(name: str) -> Any:
 
 # What fastserve has beyond socketserver.
 __extensions__ = [
+    "DrainHTTPMixIn",
+    "DrainMixIn",
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
@@ -71,6 +74,7 @@ __extensions__ = [
     "__version__",
     "create_connection",
     "from_socket",
+    "idle",
     "implementation",
     "patch",
     "patched",
@@ -85,6 +89,8 @@ __all__ = [
     "BaseRequestHandler",
     "BaseServer",
     "DatagramRequestHandler",
+    "DrainHTTPMixIn",
+    "DrainMixIn",
     "GreenletMixIn",
     "GreenletTCPServer",
     "GreenletUDPServer",
@@ -107,6 +113,7 @@ __all__ = [
     "__version__",
     "create_connection",
     "from_socket",
+    "idle",
     "implementation",
     "patch",
     "patched",

@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import socket
+import sys
 from types import FrameType
 from typing import Any, Final
 
@@ -33,8 +34,10 @@ The file of a Unix socket is removed, unless it came from outside.
 If NOTIFY_SOCKET is set, systemd is told READY=1 when the server serves, and STOPPING=1.
 If WATCHDOG_USEC is set too, WATCHDOG=1 twice in that time, while the loop goes round.
 
-With --workers SIGTERM lets requests that run end first, within --grace seconds; a second
-one cuts them off. SIGHUP replaces the processes one by one, and no client notices.
+With --grace or --workers SIGTERM lets requests that run end first, within --grace
+seconds; a second one cuts them off. Idle clients are closed where the handler says so, as
+those of http.server do here. With --workers SIGHUP replaces the processes one by one, and
+no client notices.
 
 examples:
   fastserve serve echo.py:Handler --bind [::1]:0 --worker fork
@@ -64,7 +67,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--max-workers", metavar="N", type=positive, help=help)
     help = "processes that serve together, each as --worker says; one that ends is replaced (default: this one alone)"
     parser.add_argument("--workers", metavar="N", type=positive, help=help)
-    help = f"seconds that requests have to end after SIGTERM, with --workers (default: {DEFAULT_GRACE})"
+    help = f"seconds that requests have to end after SIGTERM (default: none; with --workers {DEFAULT_GRACE})"
     parser.add_argument("--grace", metavar="SECONDS", type=positive, help=help)
     limits.add_options(parser)
     help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
@@ -93,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
         (args.max_workers and args.worker != "threadpool", "--max-workers is for --worker threadpool"),
         (args.worker == "fork" and not hasattr(os, "fork"), "--worker fork: this system has no fork"),
         (args.workers and not hasattr(os, "fork"), "--workers: this system has no fork"),
-        (args.grace and not args.workers, "--grace is for --workers"),
     ):
         if wrong:
             raise UsageError(message)
@@ -102,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     tls.check(args)
     watched = watchdog.interval()
     handler = find_handler(args.target)
+    if args.grace or args.workers:
+        handler = _closes_idle_clients(handler)
     try:
         server = _make_server(args, handler)
     except (OSError, ValueError) as error:
@@ -110,6 +114,17 @@ def run(args: argparse.Namespace) -> int:
     with server:
         _serve_until_stopped(server, args, watchdog.watch(server, watched))
     return 0
+
+
+def _closes_idle_clients(handler: Any) -> Any:
+    """Return a handler which says when its clients are idle, where that is known: that of HTTP."""
+    http = sys.modules.get("http.server")  # whose handler is derived from one of there has imported it
+    if http is None or not (isinstance(handler, type) and issubclass(handler, http.BaseHTTPRequestHandler)):
+        return handler
+    if issubclass(handler, fastserve.DrainHTTPMixIn):
+        return handler
+    names = {name: getattr(handler, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(handler.__name__, (fastserve.DrainHTTPMixIn, handler), names)
 
 
 def _resolve(bind: str, kind: socket.SocketKind) -> tuple[int, Any]:
@@ -164,6 +179,8 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
     if args.workers:
         bases = (fastserve.PreforkMixIn, *bases)
         attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}
+    elif args.grace:
+        bases = (fastserve.DrainMixIn, *bases)
     server_class: type[fastserve.TCPServer] = type(base.__name__, bases, attributes)
     return server_class(address, handler) if inherited is None else server_class.from_socket(inherited, handler)
 
@@ -172,14 +189,27 @@ def _is_unix(family: int) -> bool:
     return family == getattr(socket, "AF_UNIX", None)
 
 
-def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace, poll_interval: float) -> None:
+def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: float) -> None:
     """Print the address, and serve until SIGINT or SIGTERM."""
     pid = os.getpid()
+    drains = False  # whether requests that run may end first
+    runs_handlers = args.worker in ("sync", "greenlet")  # in the main thread
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal drains
         if os.getpid() != pid:  # in a forked child, which has nothing to stop but itself
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
+        if args.grace and signum == signal.SIGTERM and not drains:
+            drains = True
+            server.drain(args.grace)
+            if runs_handlers and hasattr(signal, "setitimer"):
+                # One that waits for something else than its client does not notice that it is cut off.
+                signal.signal(signal.SIGALRM, stop)
+                signal.setitimer(signal.ITIMER_REAL, args.grace)
+            return
+        if args.grace:
+            server.drain(0)
         server.shutdown()
         if args.worker == "sync" or (args.worker == "greenlet" and _is_in_greenlet()):
             raise KeyboardInterrupt  # the loop may be in a handler that waits for its client, or for anything else
@@ -198,9 +228,16 @@ def _serve_until_stopped(server: fastserve.TCPServer, args: argparse.Namespace, 
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
         listening.tell_systemd("READY=1")
         server.serve_forever(poll_interval)
+    if drains and runs_handlers and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
     listening.tell_systemd("STOPPING=1")
+    if drains:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.drain()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for
+    if args.grace and not args.workers and (cut := server.drain(0)):
+        print(f"fastserve: {cut} request{'s were' if cut > 1 else ' was'} cut off", file=sys.stderr)
     for child in getattr(server, "active_children", None) or ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)  # it holds the listener open: left alone it would keep the address

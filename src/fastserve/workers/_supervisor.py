@@ -24,6 +24,7 @@ from fastserve.workers import _worker
 FIRST_DELAY: Final = 0.1  # seconds until a worker is started again that ended before it was ready; doubled each time
 LONGEST_DELAY: Final = 5.0  # seconds
 CUT: Final = 1.0  # seconds that a worker has to end when it is to do so at once
+KILLED: Final = float("inf")  # the deadline of a worker that was killed
 NAP: Final = 0.02  # seconds between two looks at the workers, where the kernel does not tell of their end
 
 
@@ -61,12 +62,15 @@ class Supervisor:
         self._start_at = 0.0  # time.monotonic(): none is started before
         self._ends = False  # the whole server is to end
         self._replaces_all = False  # set by a signal handler
+        self._grace: float | None = None  # seconds: set by drain()
+        self.killed = 0  # workers that have not ended in time after drain()
 
     def run(self) -> None:
         """Serve until the server is shut down, or a signal comes."""
         server, loop = self.server, self._loop
         state = State.of(server)
         getattr(server, IS_SHUT_DOWN).clear()
+        vars(server)[_worker.SUPERVISOR] = self
         # From here on shutdown() waits for this call.
         state.loops.append(loop)
         try:
@@ -82,6 +86,7 @@ class Supervisor:
                 loop.close()
                 _worker.close_listeners(server, self._listeners)
             finally:
+                vars(server).pop(_worker.SUPERVISOR, None)
                 getattr(server, IS_SHUT_DOWN).set()
                 state.loops.remove(loop)
 
@@ -218,6 +223,7 @@ class Supervisor:
             if worker.deadline is not None:
                 if now >= worker.deadline:
                     _say(f"worker {worker.pid} has not ended in time, and is killed")
+                    self.killed += self._ends
                     self._kill(worker)
             elif patience is not None:
                 if (worker.asked or not worker.ready) and now >= worker.heard + patience:
@@ -258,11 +264,20 @@ class Supervisor:
     def _end(self, worker: Worker) -> None:
         """Have a worker end when it has handled its requests."""
         if worker.deadline is None and self.workers.get(worker.pid) is worker:
-            worker.deadline = time.monotonic() + self.server.graceful_timeout
+            worker.deadline = time.monotonic() + (self.server.graceful_timeout if self._grace is None else self._grace)
             _send(worker, signal.SIGTERM)
 
+    def drain(self, seconds: float) -> None:
+        """Have workers that are to end do so in that time. Any thread may call it, and a signal handler."""
+        self._grace = seconds if self._grace is None else min(self._grace, seconds)
+        deadline = time.monotonic() + seconds
+        for worker in list(self.workers.values()):
+            if worker.deadline not in (None, KILLED):
+                worker.deadline = min(worker.deadline, deadline)
+        self._loop.wake()
+
     def _kill(self, worker: Worker) -> None:
-        worker.deadline = float("inf")
+        worker.deadline = KILLED
         _send(worker, signal.SIGKILL)
 
     def _end_all(self, at_once: bool) -> None:

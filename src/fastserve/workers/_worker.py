@@ -13,7 +13,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from fastserve._loop import IS_SHUT_DOWN, SHUTDOWN_REQUEST, Loop, SelectorLoop, State
+from fastserve._loop import IS_SHUT_DOWN, Loop, SelectorLoop, State
+from fastserve.draining import REQUESTS, requests_of
 from fastserve.workers.threadpool import POOL
 
 # What the parent asks, and what a worker tells: one byte each.
@@ -24,6 +25,8 @@ RETIRES: Final = b"m"  # it has handled max_requests
 SHUT_DOWN: Final = b"s"  # a handler has called shutdown()
 
 SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # that a worker handles in its own way
+
+SUPERVISOR: Final = "_fastserve_supervisor"  # the key in the __dict__ of the server of a parent
 
 
 def count_of(server: Any) -> int:
@@ -99,9 +102,11 @@ class _Child:
             self.stop()
 
     def stop(self) -> None:
-        """End the loop; requests that run are handled first."""
+        """End the loop; requests that run are handled first. Whose clients are idle end now, if they may."""
         self.told = True
-        setattr(self._server, SHUTDOWN_REQUEST, True)
+        requests = requests_of(self._server)
+        requests.begin(self._server, None)
+        requests.drive(self._server)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop()
@@ -157,6 +162,8 @@ def run(
         state = State.of(server)
         state.loops.clear()
         state.opened = child.opened
+        vars(server).pop(REQUESTS, None)  # those of the parent
+        vars(server).pop(SUPERVISOR, None)
         # A worker that is to end is given the time to handle what runs, also where the end of a program is not.
         server.daemon_threads = False
         server.block_on_close = True
@@ -205,6 +212,9 @@ def _take_listener(server: Any, place: int, made: list[Any]) -> None:
 
 def finish_requests(server: Any) -> None:
     """Wait for the requests that run, as ``server_close()`` does, which is for the parent to call."""
+    requests = requests_of(server)
+    requests.begin(server, None)
+    requests.wait(server)
     pool = vars(server).get(POOL)
     if pool is not None:
         pool.end()

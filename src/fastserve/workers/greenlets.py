@@ -12,6 +12,7 @@ from typing import Any, Final
 from fastserve import _backend, _uncaught, _waiting, tls
 from fastserve._loop import Loop, State
 from fastserve._order import BeforeServer
+from fastserve.draining import REQUESTS
 from fastserve.server import BaseServer, TCPServer, UDPServer, own_get_requests
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
@@ -196,7 +197,11 @@ def _waits_for_requests(server: Any) -> bool:
 
 def _end_requests(server: Any, hub: Any) -> None:
     """Wait for the requests of a hub, or end them."""
-    if not _waits_for_requests(server):
+    waits = _waits_for_requests(server)
+    requests = getattr(server, "__dict__", {}).get(REQUESTS)  # None without a DrainMixIn
+    if requests is not None:
+        waits = requests.wait_in_hub(server, hub, waits)
+    if not waits:
         hub.kill()
     hub.drain()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from fastserve import _waiting
 from fastserve._order import BeforeServer
-from fastserve.server import BaseServer
-from fastserve.workers._following import IsShutDown, following
+from fastserve.draining import DrainMixIn, requests_of
+from fastserve.workers import _worker
+from fastserve.workers._following import following
 from fastserve.workers._supervisor import Supervisor
+
+ENDLESS = 1e9  # seconds
 
 if hasattr(os, "fork"):
 
-    class PreforkMixIn(BeforeServer):
+    class PreforkMixIn(DrainMixIn, BeforeServer):
         """Serve with several processes: ``class Server(PreforkMixIn, ThreadingTCPServer)``.
 
         It goes with each of the other mix-ins, which then handle the requests in each of the processes, with each kind
@@ -24,6 +26,9 @@ if hasattr(os, "fork"):
         workers handle the requests that run, and :meth:`serve_forever` return; SIGINT, as ``KeyboardInterrupt``, and
         a second SIGTERM end them at once; SIGHUP replaces them one by one, while the listener stays open. A worker
         whose parent is gone ends as after SIGTERM.
+
+        It is a :class:`DrainMixIn`: a worker that is to end closes the connections of idle clients, where their
+        handlers have said that it may.
 
         :cvar workers: how many processes, at least 1; ``None``, the default, is one for each processor that may be
             used.
@@ -53,10 +58,6 @@ if hasattr(os, "fork"):
 
         handle_signals = True
 
-        _BaseServer__shutdown_request = vars(BaseServer)["_BaseServer__shutdown_request"]
-
-        _BaseServer__is_shut_down: Any = IsShutDown()
-
         def server_bind(self) -> None:
             """Bind the listener: see :meth:`TCPServer.server_bind`."""
             if self.reuse_port:
@@ -84,7 +85,27 @@ if hasattr(os, "fork"):
             if _waiting.running() is not None:
                 # The greenlets would be those of this process, and the workers would have none.
                 raise RuntimeError("this process has greenlets already: name PreforkMixIn before GreenletMixIn")
-            Supervisor(self, following(__class__, self, "serve_forever"), poll_interval).run()  # type: ignore[name-defined]
+            serve = following(__class__, self, "serve_forever")  # type: ignore[name-defined]
+            with requests_of(self).serving(self) as may_serve:
+                if may_serve:
+                    Supervisor(self, serve, poll_interval).run()
+
+        def drain(self, timeout: float | None = None) -> int:
+            """Stop the workers, and wait for their end: see :meth:`DrainMixIn.drain`.
+
+            In the parent the workers are told to end, as by SIGTERM, and have ``timeout`` in the place of
+            :attr:`graceful_timeout`. It returns how many had to be killed. In a worker, which is in a handler, it does
+            what :meth:`shutdown` does there.
+            """
+            supervisor: Supervisor | None = vars(self).get(_worker.SUPERVISOR)
+            if supervisor is None:
+                return super().drain(timeout)
+            requests = requests_of(self)
+            supervisor.drain(ENDLESS if timeout is None else max(timeout, 0.0))
+            requests.begin(self, None)
+            if not requests.is_own_thread():
+                requests.wait(self)
+            return supervisor.killed
 
         def shutdown(self) -> None:
             """Stop :meth:`serve_forever`, and wait until the workers have handled what runs, and ended."""
