@@ -48,7 +48,23 @@ class Handler(fastserve.BaseRequestHandler):
                 threading.Thread(target=self.server.shutdown).start()
             case ["exit"]:
                 os._exit(7)
+            case ["raise"]:
+                raise RuntimeError("it was asked for")
+            case ["stats"]:
+                return told(self.server).encode()
         return b"done"
+
+
+def told(server: Any) -> str:
+    """Return what a server has counted, in one line."""
+    stats = server.stats()
+    return json.dumps(
+        {
+            "accepted": stats.accepted, "handled": stats.handled, "errors": stats.errors, "active": stats.active,
+            "received": stats.bytes_received, "pids": stats.pids, "delay": stats.loop_delay,
+            "workers": {place: worker.accepted for place, worker in stats.workers.items()},
+        }
+    )  # fmt: skip
 
 
 class Http(http.server.BaseHTTPRequestHandler):
@@ -87,6 +103,7 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     extra = Extra if options.pop("counts_actions", False) else Quiet
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
+    counts = options.pop("counts", False)
     stop_after = options.pop("stop_after", None)
     address = options.pop("address", ["127.0.0.1", 0])
     if name == "http":
@@ -94,11 +111,15 @@ def main() -> None:
         handler: Any = Http
     else:
         bases, handler = (getattr(fastserve, name),), Handler
+    if counts:
+        bases = (fastserve.StatsMixIn, *bases)
     bases = (extra, fastserve.PreforkMixIn, *bases) if options.get("workers") != 0 else bases
     attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
     server = type("Server", bases, attributes)(address if isinstance(address, str) else tuple(address), handler)
     if own_handlers:
         signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"own handler\n") and server._BaseServer__shutdown_request)
+    if counts:
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(1, f"stats {told(server)}\n".encode()))
     where = server.server_address if isinstance(server.server_address, str) else server.server_address[1]
     print(where, os.getpid(), flush=True)
     with server:
