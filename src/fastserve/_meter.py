@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import socket
 import socketserver
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastserve._loop import STATE, Loop, State
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 REFUSED: Final = ("verify_request", "max_connections_per_client", "proxy_header", "tls_handshake")
 TIMED_OUT: Final = ("request_timeout", "idle_timeout")
 
+# The first one is that which begin() counts.
 COUNTERS: Final = ("accepted", "handled", "errors", "bytes_received", "bytes_sent", *REFUSED, *TIMED_OUT)
-_CELL: Final = MappingProxyType({name: cell for cell, name in enumerate(COUNTERS)})
+_CELL: Final = {name: cell for cell, name in enumerate(COUNTERS)}
 
 # The cells of a row: the counters of the process, those of its children, and then these.
 _CHILDREN: Final = len(COUNTERS)
@@ -57,18 +59,20 @@ class Row(NamedTuple):
     delay: float | None  # seconds
 
 
-class _Request:
-    """A request that has begun and was not closed."""
+class _Connection(weakref.ref[Any]):
+    """A request that has begun and was not closed: one that a handler has taken over is forgotten with its object."""
 
-    __slots__ = ("refused", "request")
+    __slots__ = ("key", "refused")
+    key: int
+    refused: bool
 
-    def __init__(self, request: Any, forget: Any) -> None:
-        self.refused = False
-        # A connection that nobody closes, because a handler has taken it over, is forgotten with its object.
-        try:
-            self.request = weakref.ref(request, forget)
-        except TypeError:
-            self.request = None  # such as a datagram, which is always closed
+
+class _Datagram:
+    """Likewise, one to which there can be no such reference. It is always closed."""
+
+    __slots__ = ("key", "refused")
+    key: int
+    refused: bool
 
 
 class Meter:
@@ -80,8 +84,9 @@ class Meter:
         self.supervisor: Supervisor | None = None  # of the workers, in their parent while it serves
         # Between the children: a lock is released by the kernel when its process dies.
         self._file: FileIO | None = _new_file() if self.forks else None
+        self.has_bytes = _has_bytes(server)
         self._asked: Loop | None = None
-        self._requests: dict[int, _Request] = {}  # those that are active, by their identity
+        self._requests: dict[int, _Connection | _Datagram] = {}  # those that are active, by their identity
         self._cells = _new_cells()
         self.use(0)
 
@@ -130,10 +135,24 @@ class Meter:
             # A child that accepts for itself, such as a daemon that was forked after the server was made.
             self._cells = _new_cells()
             self.use(0)
-        key = id(request)
-        self._requests[key] = _Request(request, lambda _: self._requests.pop(key, None))
-        self.add(("accepted", 1), *counts)
-        self._publish_active()
+        begun: _Connection | _Datagram
+        try:
+            begun = _Connection(request, self._forget)
+        except TypeError:
+            begun = _Datagram()
+        begun.key = id(request)
+        begun.refused = False
+        self._requests[begun.key] = begun
+        cells, base = self._cells, self._base
+        with self._lock:
+            cells[base] += 1
+            for name, amount in counts:
+                cells[base + _CELL[name]] += amount
+            cells[base + _ACTIVE] = self._active()
+
+    def _forget(self, begun: weakref.ref[Any]) -> None:
+        if isinstance(begun, _Connection):
+            self._requests.pop(begun.key, None)
 
     def refuse(self, request: Any, reason: str) -> None:
         """Count a request that gets no handler, with the first reason that is told."""
@@ -257,6 +276,15 @@ class Meter:
                 queued=cells[_QUEUED],
                 delay=None if delay is None else delay / 1e9,
             )
+
+
+def _has_bytes(server: Any) -> bool:
+    """Return whether the kernel counts the bytes of the connections of a server."""
+    return (
+        sys.platform == "linux"
+        and getattr(server, "socket_type", None) == socket.SOCK_STREAM
+        and getattr(server, "address_family", None) in (socket.AF_INET, socket.AF_INET6)
+    )
 
 
 def _new_cells() -> memoryview:

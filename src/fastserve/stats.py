@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import struct
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -23,8 +22,6 @@ _BYTES: Final = struct.Struct("=B127xQ8xI52xQQ")
 # The states in which the end of the client's stream has come, which the kernel counts as a byte: CLOSE_WAIT, LAST_ACK,
 # CLOSING.
 _ENDED: Final = frozenset({8, 9, 11})
-
-_HAS_TCP_INFO: Final = sys.platform == "linux"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +118,14 @@ class StatsMixIn:
         rows = list(meter.read())
         meter.ask()
         backlog, backlog_limit = _backlog(self, meter)
+        is_stream = getattr(self, "socket_type", None) == socket.SOCK_STREAM
         places = sorted({row.place for row in rows if row.place is not None})
         workers = {
-            place: WorkerStats(**_counted(self, [row for row in rows if row.place == place])) for place in places
+            place: WorkerStats(**_counted(meter, is_stream, [row for row in rows if row.place == place]))
+            for place in places
         }
         return ServerStats(
-            **_counted(self, rows, in_parent=bool(workers)),
+            **_counted(meter, is_stream, rows, in_parent=bool(workers)),
             backlog=backlog,
             backlog_limit=backlog_limit,
             workers=MappingProxyType(workers),
@@ -160,8 +159,9 @@ class StatsMixIn:
 
     def shutdown_request(self, request: Any) -> None:
         """Count the bytes of a connection, and end it."""
-        if _counts_bytes(self):
-            _count_bytes(meter_of(self), request)
+        meter = meter_of(self)
+        if meter.has_bytes:
+            _count_bytes(meter, request)
         super().shutdown_request(request)  # type: ignore[misc]
 
     def close_request(self, request: Any) -> None:
@@ -179,15 +179,6 @@ class StatsMixIn:
             meter_of(self).close()
 
 
-def _counts_bytes(server: Any) -> bool:
-    """Return whether the kernel counts the bytes of the connections of a server."""
-    return (
-        _HAS_TCP_INFO
-        and getattr(server, "socket_type", None) == socket.SOCK_STREAM
-        and getattr(server, "address_family", None) in (socket.AF_INET, socket.AF_INET6)
-    )
-
-
 def _count_bytes(meter: Meter, request: Any) -> None:
     try:
         info = request.getsockopt(_IPPROTO_TCP, _TCP_INFO, _ROOM)
@@ -199,7 +190,7 @@ def _count_bytes(meter: Meter, request: Any) -> None:
 
 def _backlog(server: Any, meter: Meter) -> tuple[int | None, int | None]:
     """Return how many connections wait for the listeners of a server, and how many may."""
-    if not _counts_bytes(server):
+    if not meter.has_bytes:
         return None, None
     listeners = meter.supervisor.listeners if meter.supervisor is not None else []
     waiting = limit = 0
@@ -213,14 +204,12 @@ def _backlog(server: Any, meter: Meter) -> tuple[int | None, int | None]:
     return waiting, limit
 
 
-def _counted(server: Any, rows: Iterable[Row], in_parent: bool = False) -> dict[str, Any]:
+def _counted(meter: Meter, is_stream: bool, rows: list[Row], in_parent: bool = False) -> dict[str, Any]:
     """Return the attributes of a :class:`WorkerStats`.
 
     :param in_parent: whether the first row is that of the parent of workers, which does not serve.
     """
-    rows = list(rows)
     counters = {name: sum(row.counters[name] for row in rows) for name in rows[0].counters}
-    is_stream = getattr(server, "socket_type", None) == socket.SOCK_STREAM
     serving = rows[1:] if in_parent else rows
     delays = [row.delay for row in serving if row.delay is not None]
     return {
@@ -229,8 +218,8 @@ def _counted(server: Any, rows: Iterable[Row], in_parent: bool = False) -> dict[
         "refused": MappingProxyType({reason: counters[reason] for reason in REFUSED}),
         "timed_out": MappingProxyType({reason: counters[reason] for reason in TIMED_OUT}),
         "errors": counters["errors"],
-        "bytes_received": counters["bytes_received"] if not is_stream or _counts_bytes(server) else None,
-        "bytes_sent": counters["bytes_sent"] if _counts_bytes(server) else None,
+        "bytes_received": counters["bytes_received"] if not is_stream or meter.has_bytes else None,
+        "bytes_sent": counters["bytes_sent"] if meter.has_bytes else None,
         "active": sum(row.active for row in rows),
         "queued": sum(row.queued for row in rows),
         "loop_delay": max(delays, default=None),
