@@ -146,8 +146,9 @@ def test_who_is_connected_is_active(concurrent: str, base: str, tmp_path: Path) 
             client.connect(server.server_address)
             client.sendall(b"x\n")
             assert client.recv(2) == b"x\n"
+        wait_until(lambda: server.stats().active == 3)  # a child may answer before its parent goes on
         stats = server.stats()
-        assert (stats.accepted, stats.active, stats.handled) == (3, 3, 0)
+        assert (stats.accepted, stats.handled) == (3, 0)
         clients[0].shutdown(socket.SHUT_RDWR)
         wait_until(lambda: server.stats().active == 2)
         for client in clients[1:]:
@@ -631,13 +632,14 @@ def test_workers_are_summed_and_one_that_is_killed_takes_nothing_away(impl: str,
         assert set(stats["pids"]) == set(server.workers())
         with server.connect() as client:
             first = exchange(client, "pid")
-            assert stats_of(server)["active"] == 1
+            wait_until(lambda: stats_of(server)["active"] == 1)
             killed = int(first) if name != "ForkingTCPServer" else server.workers()[0]
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: len(server.started()) == 3)
             wait_until(lambda: killed not in stats_of(server)["pids"])
-            if name == "ForkingTCPServer":
+            if name == "ForkingTCPServer":  # whose children go on, and count
                 client.close()
+                wait_until(lambda: stats_of(server)["handled"] == 22)
         wait_until(lambda: stats_of(server)["active"] == 0)
         after = stats_of(server)
         assert after["accepted"] == 22 and after["errors"] == 1 and 21 <= after["handled"] <= 22
