@@ -54,6 +54,10 @@ class Handler(fastserve.BaseRequestHandler):
                 threading.Thread(target=self.server.shutdown).start()
             case ["exit"]:
                 os._exit(7)
+            case ["raise"]:
+                raise RuntimeError("it was asked for")
+            case ["stats"]:
+                return told(self.server).encode()
         return b"done"
 
 
@@ -64,6 +68,18 @@ class Kept(Handler):
         with fastserve.idle(self):
             lines.peek(1)
         return super().next_line(lines)
+
+
+def told(server: Any) -> str:
+    """Return what a server has counted, in one line."""
+    stats = server.stats()
+    return json.dumps(
+        {
+            "accepted": stats.accepted, "handled": stats.handled, "errors": stats.errors, "active": stats.active,
+            "received": stats.bytes_received, "pids": stats.pids, "delay": stats.loop_delay,
+            "workers": {place: worker.accepted for place, worker in stats.workers.items()},
+        }
+    )  # fmt: skip
 
 
 class Http(fastserve.DrainHTTPMixIn, http.server.BaseHTTPRequestHandler):
@@ -102,6 +118,7 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     extra = Extra if options.pop("counts_actions", False) else Quiet
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
+    counts = options.pop("counts", False)
     stop_after = options.pop("stop_after", None)
     drain_after, drain_timeout = options.pop("drain_after", None), options.pop("drain_timeout", None)
     line_handler = Kept if options.pop("kept", False) else Handler
@@ -114,12 +131,16 @@ def main() -> None:
         handler: Any = Http
     else:
         bases, handler = (getattr(fastserve, name),), line_handler
+    if counts:
+        bases = (fastserve.StatsMixIn, *bases)
     if options.get("workers") != 0:
         bases = (extra, *mix_ins, fastserve.PreforkMixIn, *bases)
     attributes = {"request_queue_size": 512, "daemon_threads": True, **options}
     server = type("Server", bases, attributes)(address if isinstance(address, str) else tuple(address), handler)
     if own_handlers:
         signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"own handler\n") and server._BaseServer__shutdown_request)
+    if counts:
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(1, f"stats {told(server)}\n".encode()))
     where = server.server_address if isinstance(server.server_address, str) else server.server_address[1]
     print(where, os.getpid(), flush=True)
     with server:

@@ -225,7 +225,7 @@ import sys
 before = set(sys.modules)
 import fastserve
 heavy = {"greenlet", "matplotlib", "rich", "argparse", "importlib.metadata", "http.server", "ssl", "asyncio"}
-heavy |= {"dataclasses", "ipaddress"}
+heavy |= {"dataclasses", "ipaddress", "mmap", "prometheus_client"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -43,15 +43,20 @@ from fastserve.workers.threads import (
 
 if TYPE_CHECKING:
     from fastserve.proxy import ProxyInfo, ProxyProtocolError, ProxyProtocolMixIn, proxy_info
+    from fastserve.stats import ServerStats, StatsMixIn, WorkerStats
 
 
 def __getattr__(name: str) -> Any:
     # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
-    if name not in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastserve import proxy
+    if name in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
+        from fastserve import proxy
 
-    return getattr(proxy, name)
+        return getattr(proxy, name)
+    if name in ("ServerStats", "StatsMixIn", "WorkerStats"):
+        from fastserve import stats
+
+        return getattr(stats, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # What fastserve has beyond socketserver.
@@ -67,10 +72,13 @@ __extensions__ = [
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
+    "ServerStats",
+    "StatsMixIn",
     "TLSMixIn",
     "ThreadPoolMixIn",
     "ThreadPoolTCPServer",
     "ThreadPoolUDPServer",
+    "WorkerStats",
     "__version__",
     "create_connection",
     "from_socket",
@@ -100,6 +108,8 @@ __all__ = [
     "ProxyInfo",
     "ProxyProtocolError",
     "ProxyProtocolMixIn",
+    "ServerStats",
+    "StatsMixIn",
     "StreamRequestHandler",
     "TCPServer",
     "TLSMixIn",
@@ -110,6 +120,7 @@ __all__ = [
     "ThreadingTCPServer",
     "ThreadingUDPServer",
     "UDPServer",
+    "WorkerStats",
     "__version__",
     "create_connection",
     "from_socket",

@@ -261,6 +261,10 @@ cdef class Hub:
         self.root_ready.clear()
         return ready
 
+    def pending(self):
+        """Return how many tasks may go on and wait for their turn, at about this moment. Any thread may call it."""
+        return self.ready.count + max(self.event_count - self.next_event, 0)
+
     cdef int wait_as_root(self, double deadline) except -1:
         if self.muted:
             for fd in self.muted:

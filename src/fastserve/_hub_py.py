@@ -248,6 +248,10 @@ class Hub:
         """Wait endlessly; return whether ``fd`` is ready, and no other descriptor of the root."""
         return self.wait() == [fd]
 
+    def pending(self) -> int:
+        """Return how many tasks may go on and wait for their turn, at about this moment. Any thread may call it."""
+        return len(self._ready)
+
     # Tasks.
 
     def start(self, function: Callable[..., object], *arguments: Any) -> None:

@@ -16,6 +16,7 @@ import socketserver
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Set
 from typing import Any, Final
 
@@ -88,6 +89,7 @@ class Loop:
         self.held = False
         self._resumed = False  # set by any thread: it is to be held no longer
         self._trying = False  # whether accept is being tried for the first time after a pause
+        self._calls: deque[Callable[[], None]] = deque()  # to be made when the owner comes round
 
     def open(self) -> None:
         """Watch ``server.fileno()``.
@@ -114,6 +116,8 @@ class Loop:
         self._poller.register(self._listener)
         if in_main_thread:
             self._watch_signals()
+        if self._calls:
+            self._wakeup.set()
 
     def _watch_signals(self) -> None:
         """Have Python's C-level signal handler write to the wake-up.
@@ -193,6 +197,8 @@ class Loop:
         for fd in ready:
             if fd == self._wakeup.fileno():
                 self._wakeup.clear()
+                while self._calls:
+                    self._calls.popleft()()
             elif fd in self._children:
                 self._ended.add(self._children.pop(fd))
                 self._poller.unregister(fd)
@@ -226,6 +232,11 @@ class Loop:
         """End the wait of the owner. A loop that is not open yet looks around before it waits."""
         if self._is_open and not self.stale:
             self._wakeup.set()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the owner call a function when it comes round. Any thread may call this, and a signal handler."""
+        self._calls.append(function)
+        self.wake()
 
     def accept_failed(self, error: OSError, own_accept: bool) -> None:
         """Leave the listener alone for a while if trying again at once would fail again.
@@ -452,12 +463,13 @@ STATE: Final = "_fastserve_state"  # the key in the server's __dict__
 class State:
     """What a server remembers of its loops. It is made lazily: ``__init__`` may have been mocked away."""
 
-    __slots__ = ("connections", "datagrams", "hubs", "loops", "opened", "shut_down", "socket_file")
+    __slots__ = ("connections", "datagrams", "hubs", "loops", "meter", "opened", "shut_down", "socket_file")
 
     def __init__(self) -> None:
         self.loops: list[Loop | SelectorLoop] = []  # those that run, one for each thread in serve_forever
         self.shut_down = False  # whether shutdown() was ever called
         self.hubs: list[Any] = []  # in which requests run in greenlets, one for each thread in serve_forever
+        self.meter: Any = None  # what the server counts, if it has a StatsMixIn: _meter.Meter
         self.connections = 0  # that run in greenlets, where their number is limited
         self.opened: Callable[[Loop | SelectorLoop], None] | None = None  # called with each loop that begins to wait
         self.datagrams: Any = None  # what a datagram server keeps: datagrams.Datagrams

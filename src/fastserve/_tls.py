@@ -318,6 +318,9 @@ def handshake_in_time(request: Any) -> None:
     request.settimeout(min(limit, timeout) if limit and timeout else limit or timeout or None)
     try:
         request.do_handshake()
+    except OSError:
+        vars(request)[tls.FAILED_HANDSHAKE] = True
+        raise
     finally:
         if request.fileno() >= 0:
             request.settimeout(timeout)

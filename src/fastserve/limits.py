@@ -75,6 +75,9 @@ class LimitsMixIn(BeforeServer):
         host = client_address[0] if isinstance(client_address, tuple) else None
         if not limits.begin(request, host, self.max_connections_per_client):
             self.refused_connections += 1
+            meter = State.of(self).meter
+            if meter is not None:
+                meter.refuse(request, "max_connections_per_client")
             return False
         if self.max_connections is not None:
             loop = State.of(self).own_loop()
@@ -100,14 +103,15 @@ class LimitsMixIn(BeforeServer):
                 raise
         finally:
             deadlines.remove(deadline)
+            meter = State.of(self).meter
+            # Not when it is cut off: the thread that does so may have no time left in a child that ends then.
+            if meter is not None and deadline.has_passed:
+                meter.add(("request_timeout", 1))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what a handler has raised, unless it is that the client was idle for too long."""
-        if self.idle_timeout is not None and isinstance(sys.exc_info()[1], TimeoutError):
-            gettimeout = getattr(request, "gettimeout", None)
-            if gettimeout is not None and gettimeout() == self.idle_timeout:
-                return
-        super().handle_error(request, client_address)  # type: ignore[misc]
+        if not is_idle(self, request):
+            super().handle_error(request, client_address)  # type: ignore[misc]
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and count it no longer."""
@@ -115,6 +119,15 @@ class LimitsMixIn(BeforeServer):
             super().close_request(request)  # type: ignore[misc]
         finally:
             _limits_of(self).end(request)
+
+
+def is_idle(server: Any, request: Any) -> bool:
+    """Return whether the current exception is that of a client that was idle for longer than ``idle_timeout``."""
+    limit = getattr(server, "idle_timeout", None)
+    if limit is None or not isinstance(sys.exc_info()[1], TimeoutError):
+        return False
+    gettimeout = getattr(request, "gettimeout", None)
+    return gettimeout is not None and gettimeout() == limit
 
 
 class _Limits:
@@ -185,6 +198,7 @@ class _Deadline:
 
     def __init__(self, at: float, request: Any, server: Any) -> None:
         self.at = at
+        self.has_passed = False
         self.request = request
         self.server = weakref.ref(server)
         self.has_passed = False
@@ -255,6 +269,7 @@ def _shut_down(deadline: _Deadline) -> None:
         # The method of ssl.SSLSocket would take away from under the handler what it uses at this moment.
         socket.socket.shutdown(request, socket.SHUT_RDWR)
     except OSError:
+        deadline.has_passed = False
         return  # it is closed already
     server.overdue_requests += 1
 

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from fastserve import _backend, tls
 from fastserve import server as _server
+from fastserve._loop import State
 from fastserve._order import BeforeServer
 from fastserve._proxy_protocol import DEFAULT_LIMIT, LONGEST_V1, ProxyInfo, ProxyProtocolError, ProxySSL, parse
 from fastserve.workers.greenlets import _STDLIB_GET_REQUEST, GreenletMixIn
@@ -185,6 +186,9 @@ def _receive_header(server: Any, request: Any, client_address: Any) -> ProxyInfo
             raise ProxyProtocolError(f"{client_address!r} is none of trusted_proxies")
         info = _receive(request, receive, server.proxy_header_limit, server.proxy_header_timeout)
     except (ProxyProtocolError, OSError) as error:
+        meter = State.of(server).meter
+        if meter is not None:
+            meter.refuse(request, "proxy_header")
         server.proxy_header_failed(request, client_address, error)
         return None
     _known[request] = info

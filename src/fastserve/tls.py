@@ -24,6 +24,9 @@ HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
 # The key in the __dict__ of a connection whose handshake is to be done: how many seconds it may take.
 HANDSHAKE_LIMIT: Final = "_fastserve_handshake_timeout"
 
+# Likewise, of one whose handshake has failed.
+FAILED_HANDSHAKE: Final = "_fastserve_handshake_has_failed"
+
 # The classes of connections whose handshake is to be done.
 unfinished: Final[set[type]] = set()
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import fastserve
 from fastserve import sockets
-from fastserve.cli import limits, listening, tls, watchdog
+from fastserve.cli import limits, listening, metrics, tls, watchdog
 from fastserve.cli.arguments import UsageError, positive
 from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
 from fastserve.workers._pool import default_workers
@@ -73,6 +73,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     help = "tell logging, on standard error, what happens from this level on: error, what handlers raise; info, a line \
         for each request; debug, also clients that have gone (default: only what handlers raise, as tracebacks)"
     parser.add_argument("--log-level", choices=("error", "info", "debug"), help=help)
+    metrics.add_option(parser)
     help = f"bytes taken of a datagram, with --udp (default: {fastserve.UDPServer.max_packet_size}; the kernel drops \
         the rest)"
     parser.add_argument("--max-packet-size", metavar="N", type=positive, help=help)
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         require_greenlets()
     tls.check(args)
     watched = watchdog.interval()
+    metrics.check(args)
     handler = find_handler(args.target)
     if args.grace or args.workers:
         handler = _closes_idle_clients(handler)
@@ -112,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
         where = listening.where(args)
         raise UsageError(f"cannot serve on {where}: {getattr(error, 'strerror', None) or error}") from None
     with server:
-        _serve_until_stopped(server, args, watchdog.watch(server, watched))
+        with _metrics(server, args) as where_metrics_are:
+            _serve_until_stopped(server, args, watchdog.watch(server, watched), where_metrics_are)
     return 0
 
 
@@ -127,16 +130,28 @@ def _closes_idle_clients(handler: Any) -> Any:
     return type(handler.__name__, (fastserve.DrainHTTPMixIn, handler), names)
 
 
-def _resolve(bind: str, kind: socket.SocketKind) -> tuple[int, Any]:
+def _metrics(server: fastserve.TCPServer, args: argparse.Namespace) -> contextlib.AbstractContextManager[str]:
+    """Return what serves the metrics of a server, if they are asked for. Raises ``UsageError``."""
+    if args.metrics is None:
+        return contextlib.nullcontext("")
+    try:
+        family, address = _resolve(args.metrics, socket.SOCK_STREAM, "--metrics")
+        return metrics.Scrapes(server, family, address, forks=bool(args.workers or args.worker == "fork"))
+    except OSError as error:
+        raise UsageError(f"cannot serve metrics on {args.metrics}: {error.strerror or error}") from None
+
+
+def _resolve(bind: str, kind: socket.SocketKind, option: str = "--bind") -> tuple[int, Any]:
     """Return the address family and the address that ``--bind`` means. Raises ``OSError`` and ``UnicodeError`` too."""
-    if bind.startswith("unix:"):
+    if bind.startswith("unix:") and option == "--bind":
         return socket.AF_UNIX, listening.unix_address(bind)
     host, colon, port = bind.rpartition(":")
     if not (colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
-        raise UsageError(f"--bind {bind!r} is not HOST:PORT, with a port from 0 to 65535, nor unix:PATH")
+        nor = ", nor unix:PATH" if option == "--bind" else ""
+        raise UsageError(f"{option} {bind!r} is not HOST:PORT, with a port from 0 to 65535{nor}")
     in_brackets = host.startswith("[") and host.endswith("]")
     if ":" in host and not in_brackets:
-        raise UsageError(f"--bind {bind!r}: an IPv6 address goes in brackets, [IPV6]:PORT")
+        raise UsageError(f"{option} {bind!r}: an IPv6 address goes in brackets, [IPV6]:PORT")
     family, host = (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_UNSPEC, host)
     found = socket.getaddrinfo(host or None, int(port), family, kind, flags=socket.AI_PASSIVE)
     # A name that has both kinds of address, such as localhost, means the same on every machine: IPv4.
@@ -176,6 +191,8 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         logging = importlib.import_module("logging")
         logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
         bases = (fastserve.LoggingMixIn, *bases)
+    if args.metrics is not None:
+        bases = (fastserve.StatsMixIn, *bases)
     if args.workers:
         bases = (fastserve.PreforkMixIn, *bases)
         attributes |= {"workers": args.workers, "graceful_timeout": float(args.grace or DEFAULT_GRACE)}
@@ -189,7 +206,7 @@ def _is_unix(family: int) -> bool:
     return family == getattr(socket, "AF_UNIX", None)
 
 
-def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: float) -> None:
+def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: float, where_metrics_are: str) -> None:
     """Print the address, and serve until SIGINT or SIGTERM."""
     pid = os.getpid()
     drains = False  # whether requests that run may end first
@@ -226,6 +243,8 @@ def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: f
         processes = f", {args.workers} process{'es' if args.workers > 1 else ''}" if args.workers else ""
         how = f"{kinds[args.udp]}{' with tls' if args.tls_cert is not None else ''}, {args.worker}{processes}"
         print(f"Serving {args.target} on {_address(server)} ({how}); Ctrl-C stops", flush=True)
+        if where_metrics_are:
+            print(f"Metrics on {where_metrics_are}", flush=True)
         listening.tell_systemd("READY=1")
         server.serve_forever(poll_interval)
     if drains and runs_handlers and hasattr(signal, "setitimer"):

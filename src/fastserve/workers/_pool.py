@@ -142,6 +142,10 @@ class Pool:
         # More requests under way than workers, which are fewer than they may be: no thread could be started.
         return under_way >= count + limits.queued and (count >= limits.workers or under_way > count)
 
+    def queued(self) -> int:
+        """Return how many requests wait for a worker at this moment."""
+        return max(len(self._under_way) - self._count, 0)
+
     def hold(self, loop: Loop) -> None:
         """Have ``loop``, that of the calling thread, take no request as long as the pool is full."""
         loop.hold()

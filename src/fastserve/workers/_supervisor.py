@@ -40,6 +40,7 @@ class Worker:
         self.retires = False  # it has handled max_requests
         self.heard = time.monotonic()  # when it was started, or told something last
         self.asked = False  # whether an answer is awaited
+        self.row = 0  # in which it counts, if the server has a meter
         self.deadline: float | None = None  # time.monotonic() at which it is killed; it was told to end
 
 
@@ -56,7 +57,7 @@ class Supervisor:
         self._poll_interval = poll_interval
         self._loop = Loop(server)
         self._count = _worker.count_of(server)
-        self._listeners: list[Any] = []  # one for each place, where they do not share one
+        self.listeners: list[Any] = []  # one for each place, where they do not share one
         self._to_replace: deque[Worker] = deque()
         self._delay = 0.0  # seconds; above zero after a worker has ended before it was ready
         self._start_at = 0.0  # time.monotonic(): none is started before
@@ -64,6 +65,8 @@ class Supervisor:
         self._replaces_all = False  # set by a signal handler
         self._grace: float | None = None  # seconds: set by drain()
         self.killed = 0  # workers that have not ended in time after drain()
+        self._meter = State.of(server).meter
+        self._asks = False  # set by any thread: the loops of the workers are to come round
 
     def run(self) -> None:
         """Serve until the server is shut down, or a signal comes."""
@@ -73,19 +76,25 @@ class Supervisor:
         vars(server)[_worker.SUPERVISOR] = self
         # From here on shutdown() waits for this call.
         state.loops.append(loop)
+        if self._meter is not None:
+            self._meter.supervisor = self
         try:
             if not getattr(server, SHUTDOWN_REQUEST):
                 loop.open()
                 loop.hold()  # the workers take the requests
-                self._listeners = _worker.listeners(server, self._count)
+                if state.opened is not None:
+                    state.opened(loop)
+                self.listeners = _worker.listeners(server, self._count)
                 with self._signals():
                     self._supervise()
         finally:
             setattr(server, SHUTDOWN_REQUEST, False)
             try:
                 loop.close()
-                _worker.close_listeners(server, self._listeners)
+                _worker.close_listeners(server, self.listeners)
             finally:
+                if self._meter is not None:
+                    self._meter.supervisor = None
                 vars(server).pop(_worker.SUPERVISOR, None)
                 getattr(server, IS_SHUT_DOWN).set()
                 state.loops.remove(loop)
@@ -140,17 +149,23 @@ class Supervisor:
         # A signal must not come to the worker before it has its own handlers, nor here before the worker is known.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _worker.SIGNALS)
         try:
+            row = 0 if self._meter is None else self._meter.take(place)
             pid = os.fork()
             if pid == 0:
+                if self._meter is not None:
+                    self._meter.use(row)
                 # An end of the parent that is open anywhere would keep a worker from seeing that its parent is gone.
                 parents = [ours, *(worker.control for worker in self.workers.values())]
                 _worker.run(
-                    self.server, self._serve, self._poll_interval, theirs, place, self._listeners, self._loop, parents,
+                    self.server, self._serve, self._poll_interval, theirs, place, self.listeners, self._loop, parents,
                     mask,
                 )  # fmt: skip
             theirs.close()
             worker = Worker(pid, place, ours, replaces)
             self.workers[pid] = worker
+            if self._meter is not None:
+                worker.row = row
+                self._meter.started(row, pid)
             self._loop.watch_child(pid)
             self._loop.watch(ours.fileno(), lambda: self._hear(worker))
         except OSError as error:
@@ -217,6 +232,12 @@ class Supervisor:
         """Collect the workers that have ended, ask the others, and kill those that do not answer."""
         for pid in list(self._loop.ended_children(set(self.workers))):
             self._collect(self.workers[pid])
+        if self._asks:
+            self._asks = False
+            for worker in self.workers.values():
+                if worker.ready and worker.deadline is None and self._meter.awaits(worker.row):
+                    with contextlib.suppress(OSError):  # as below
+                        worker.control.send(_worker.ASK)
         now = time.monotonic()
         patience: float | None = self.server.worker_timeout
         for worker in list(self.workers.values()):
@@ -245,6 +266,7 @@ class Supervisor:
             return
         self._hear(worker)  # what it has told last
         del self.workers[worker.pid]
+        self._note_end(worker)
         self._loop.unwatch(worker.control.fileno())
         worker.control.close()
         code = os.waitstatus_to_exitcode(status)
@@ -259,12 +281,23 @@ class Supervisor:
                 # What was to be replaced goes on; to replace what has handled its max_requests is tried again.
                 self._to_replace = deque(old for old in (worker.replaces, *self._to_replace) if old.retires)
 
+    def ask(self) -> None:
+        """Have the loops of the workers come round, for the meter. Any thread may call it."""
+        self._asks = True
+        self._loop.wake()
+
+    def _note_end(self, worker: Worker) -> None:
+        if self._meter is not None:
+            self._meter.ended(worker.row)
+
     # Ending.
 
     def _end(self, worker: Worker) -> None:
         """Have a worker end when it has handled its requests."""
         if worker.deadline is None and self.workers.get(worker.pid) is worker:
             worker.deadline = time.monotonic() + (self.server.graceful_timeout if self._grace is None else self._grace)
+            if self._meter is not None:
+                self._meter.ends(worker.row)
             _send(worker, signal.SIGTERM)
 
     def drain(self, seconds: float) -> None:
@@ -300,6 +333,7 @@ class Supervisor:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(worker.pid, 0)
                 worker.control.close()
+                self._note_end(worker)
             self.workers.clear()
 
     # Signals.

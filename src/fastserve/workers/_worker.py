@@ -96,6 +96,9 @@ class _Child:
         except OSError:
             heard = b""
         if heard:
+            meter = State.of(self._server).meter
+            if meter is not None:
+                meter.came_round()
             self.tell(ANSWER)
         else:
             loop.unwatch(self._control.fileno())

@@ -114,6 +114,9 @@ if hasattr(os, "fork"):
                 loop = State.of(self).own_loop()
                 asked = children.copy()
                 _collect(children, asked if loop is None else loop.ended_children(asked), os.WNOHANG)
+            meter = State.of(self).meter
+            if meter is not None:
+                meter.collected()
 
         def handle_timeout(self) -> None:
             """Collect children, when ``handle_request()`` has waited in vain. May be extended."""
