@@ -14,7 +14,8 @@ from typing import Any, Final
 import fastserve
 from fastserve.cli import listening, tls
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
+from fastserve.cli.targets import find_handler, require_greenlets
+from fastserve.workers._names import WORKERS, predefined
 from fastserve.workers._pool import default_workers
 
 # Connections that the kernel keeps until they are accepted. The 5 of socketserver drop those of a small burst.
@@ -151,8 +152,7 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
         family, address = _resolve(bind, socket.SOCK_DGRAM if args.udp else socket.SOCK_STREAM)
     else:
         family, address = inherited.family, None
-    kinds = ("UnixStreamServer", "UnixDatagramServer") if _is_unix(family) else ("TCPServer", "UDPServer")
-    base = getattr(fastserve, WORKERS[args.worker] + kinds[args.udp])
+    base = predefined(fastserve, args.worker, _is_unix(family), args.udp)
     attributes: dict[str, Any] = {
         "address_family": family,
         "request_queue_size": args.request_queue_size or DEFAULT_REQUEST_QUEUE_SIZE,
