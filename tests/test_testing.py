@@ -179,6 +179,19 @@ def test_the_block_ends_when_it_raises(impl: str, worker: str) -> None:
     assert not hasattr(raised.value, "__notes__")
 
 
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_client_that_is_closed_ends_its_handler(impl: str, worker: str, tmp_path: Path) -> None:
+    class Handler(fastserve.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+            (tmp_path / "rest").write_bytes(self.rfile.read() + b"end")
+
+    with testing.serve(Handler, worker=worker) as served:
+        with served.connect() as client:
+            assert exchange(client, b"a\n") == b"a\n"
+        wait_until(lambda: (tmp_path / "rest").exists() and (tmp_path / "rest").read_bytes() == b"end")
+
+
 def test_a_block_that_does_nothing_ends(impl: str) -> None:
     with nothing_left():
         for worker in WORKERS:

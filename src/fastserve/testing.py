@@ -174,6 +174,7 @@ class Served:
         """
         kind = socket.SOCK_DGRAM if self._is_datagram() else socket.SOCK_STREAM
         client = socket.socket(self.server.socket.family, kind)
+        self._clients.append(client)  # before it is connected: what is forked for it has to close its copy
         try:
             client.settimeout(timeout)
             if client.family == _AF_UNIX and kind == socket.SOCK_DGRAM:
@@ -183,7 +184,6 @@ class Served:
         except BaseException:
             client.close()
             raise
-        self._clients.append(client)
         return client
 
     def _is_datagram(self) -> bool:
@@ -219,9 +219,21 @@ class Served:
             vars(server)["_threads"] = _Threads()
         elif self._forks:
             server.block_on_close = False
+            server.finish_request = self._in_child(server.finish_request)
         if hasattr(server, "graceful_timeout"):
             server.graceful_timeout = min(server.graceful_timeout, _PATIENCE)
         self._thread.start()
+
+    def _in_child(self, finish_request: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def close_copies_and_finish_request(request: Any, client_address: Any) -> None:
+            for client in self._clients:
+                if client.fileno() >= 0:
+                    # Or a client that closes its end would leave the connection open here. close() would, too, if the
+                    # test has made a file of it.
+                    os.close(client.detach())
+            finish_request(request, client_address)
+
+        return close_copies_and_finish_request
 
     def _run(self) -> None:
         serve_forever = self.server.serve_forever
