@@ -4,6 +4,12 @@
 # make bench-quick  measure the most important of it in under 3 minutes
 # make lint   check the code; make docs builds the documentation as HTML in docs/_build/html
 #
+# make sdist  make the source distribution in dist/, of the files that git knows; it needs no network
+# make wheel  build the wheel of this Python from it in dist/, and check what is in it
+# make asan   test the C extensions under AddressSanitizer and UndefinedBehaviorSanitizer, on Linux with gcc
+# make soak   serve with every worker model, SECONDS=60 each, and see that nothing is lost and nothing is left
+# make test-wheel  test that wheel, installed in an empty environment; PYTEST_ARGS="tests" for all tests
+#
 # All make a virtual environment in .venv. FASTSERVE_NO_EXTENSIONS=1 builds and tests the pure-Python package.
 
 PYTHON ?= python3
@@ -24,7 +30,26 @@ test_tools := $(VENV)/.test-tools
 bench_tools := $(VENV)/.bench-tools
 docs_tools := $(VENV)/.docs-tools
 
-.PHONY: run test lint bench bench-quick bench-servers docs clean
+
+build_tools := $(VENV)/.build-tools
+version := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/fastserve/_version.py)
+sdist := dist/fastserve-$(version).tar.gz
+# What a wheel may lack something for: the classes, the twins, the commands, the plugin and the types.
+PYTEST_ARGS ?= -m "not alone" tests/test_api.py tests/test_backend.py tests/test_cli.py tests/test_conformance_servers.py \
+	tests/test_testing.py tests/test_typing.py
+
+# What has state in C.
+ASAN_TESTS ?= tests/test_core.py tests/test_core_accept.py tests/test_datagrams.py tests/test_datagram_batches.py \
+	tests/test_datagram_handlers.py tests/test_gather_replies.py tests/test_gather_segments.py \
+	tests/test_green_connections.py tests/test_hub.py tests/test_streams.py tests/test_streams_writer.py \
+	tests/test_threads_reuse.py tests/test_turns.py tests/test_work_queue.py
+# greenlet copies stacks away and back, which the sanitizer's own marks on a stack do not survive.
+asan_flags := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined --param asan-stack=0
+
+SECONDS ?= 60
+soaks := sync connections threadpool fork greenlets datagrams mixed
+
+.PHONY: run test lint bench bench-quick bench-servers docs sdist wheel test-wheel asan soak clean
 
 # Unbuffered, so that the address is there at once, also in a pipe.
 run: $(built)
@@ -55,6 +80,43 @@ lint: $(built)
 	$(VENV)/bin/mypy
 	PATH="$(VENV)/bin:$$PATH" cython-lint src/fastserve
 
+# From a copy: what lies about in src/, or is listed by an earlier build, must not get into it. Nothing is compiled, so
+# that neither Cython nor greenlet is needed.
+sdist: $(build_tools)
+	rm -rf build/sdist
+	mkdir -p build/sdist
+	git ls-files -z | tar -c --null --files-from=- | tar -x -C build/sdist
+	FASTSERVE_NO_EXTENSIONS=1 $(VENV)/bin/python -m build --sdist --no-isolation --skip-dependency-check \
+		--outdir dist build/sdist >/dev/null
+
+# From the sdist, so that a file that it lacks is noticed here.
+wheel: sdist
+	rm -rf build/wheel
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel $(sdist)
+	$(VENV)/bin/python .ci/check_wheel.py build/wheel/*.whl
+	$(VENV)/bin/check-wheel-contents build/wheel/*.whl
+	cp build/wheel/*.whl dist
+
+test-wheel: wheel
+	.ci/test_wheel $(VENV)/bin/python build/wheel/*.whl $(PYTEST_ARGS)
+
+# In a copy, whose extensions are built for that. Python frees little at its end, so that leaks are not looked for, and it
+# compares strings beyond their end where that is known to be harmless.
+asan: $(test_tools)
+	$(VENV)/bin/python -m pip install --quiet "cython>=3.1"
+	rm -rf build/asan
+	mkdir -p build/asan
+	git ls-files -z | tar -c --null --files-from=- | tar -x -C build/asan
+	cd build/asan && env -u FASTSERVE_NO_EXTENSIONS CFLAGS="$(asan_flags)" \
+		$(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
+	cd build/asan && env -u FASTSERVE_NO_EXTENSIONS PYTHONPATH=src PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:replace_intrin=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+		$(abspath $(VENV))/bin/python -m pytest -m "not alone" --timeout 900 $(ASAN_TESTS)
+
+soak: $(built)
+	for what in $(soaks); do $(VENV)/bin/python bench/soak.py $$what --seconds $(SECONDS) || exit 1; done
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -74,6 +136,10 @@ $(bench_tools): $(VENV)/bin/python pyproject.toml
 
 $(docs_tools): $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[docs,greenlet]"
+	touch $@
+
+$(build_tools): $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet build check-wheel-contents "setuptools>=77"
 	touch $@
 
 clean:

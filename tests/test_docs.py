@@ -28,7 +28,7 @@ from support import open_descriptors, serving, settle, talk, wait_until
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
-WITH_CODE = [ROOT / "README.md", DOCS / "quickstart.md", DOCS / "migration.md"]
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text("utf-8")]
 
 CODE_BLOCK = re.compile(
     r"^(?P<runnable><!-- runnable -->\n)?```python\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE

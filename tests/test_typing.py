@@ -22,6 +22,7 @@ import threading
 from typing import Any
 
 import fastserve
+import fastserve.testing
 from fastserve import (
     BaseRequestHandler,
     DatagramRequestHandler,
@@ -171,6 +172,21 @@ def main() -> None:
         fastserve.unpatch()
     with fastserve.patched():
         print(fastserve.implementation, fastserve.__version__)
+
+
+def test_echo() -> None:
+    with fastserve.testing.serve(Echo, worker="sync", request_queue_size=7) as served, served.connect() as client:
+        client.sendall(served.url.encode())
+        expected: Exception = served.take_error(timeout=1.0)
+        print(expected, served.errors, served.address, served.server)
+    with fastserve.testing.serve(functools.partial(Echo), server_class=http.server.HTTPServer):
+        pass
+
+
+def test_with_the_fixture(fastserve_server: fastserve.testing.ServerFactory) -> None:
+    served: fastserve.testing.Served = fastserve_server(Datagram, udp=True)
+    client: socket.socket = served.connect(timeout=None)
+    client.send(b"")
 """
 
 # Each with the line that mypy must refuse.

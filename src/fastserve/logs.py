@@ -57,7 +57,7 @@ class LoggingMixIn(BeforeServer):
         """Tell what a handler has raised. It is called while the exception is handled; may be overridden."""
         logger = _logger_of(self)
         error = sys.exc_info()[1]
-        if isinstance(error, _OF_CLIENTS) and _is_to_blame(request, error):
+        if isinstance(error, _OF_CLIENTS) and is_to_blame(request, error):
             logger.debug("%s has ended its request: %r", _name(client_address), error)
         else:
             logger.error("request of %s", _name(client_address), exc_info=True)
@@ -78,7 +78,7 @@ def _name(client_address: Any) -> str:
     return repr(client_address) if client_address else "a client without a name"
 
 
-def _is_to_blame(request: Any, error: BaseException) -> bool:
+def is_to_blame(request: Any, error: BaseException) -> bool:
     """Return whether it is the client that has gone: a handler may have other connections that break."""
     if isinstance(error, TimeoutError):
         gettimeout = getattr(request, "gettimeout", None)

@@ -15,7 +15,7 @@ from fastserve.bench.measure import WARM_UP, Load, Series, alternate, pinned
 from fastserve.bench.probe import Answers, ProbeFailed, difference, last_line, probe, show
 from fastserve.bench.process import ServerProcess
 from fastserve.bench.report import Report, Row
-from fastserve.cli.targets import WORKERS
+from fastserve.workers._names import WORKERS
 
 ROUNDS = 5
 BETWEEN_PROBES = 1.05  # seconds: what has the time of day in it, as an answer of HTTP, has changed by then

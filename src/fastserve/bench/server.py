@@ -20,7 +20,8 @@ from typing import Any
 
 import fastserve
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS, find_handler
+from fastserve.cli.targets import find_handler
+from fastserve.workers._names import WORKERS, predefined
 
 BACKLOG = 4096  # connections; none is refused while a server is behind
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         parser.exit(2, f"{error}\n")
 
-    class Server(getattr(module, f"{WORKERS[options.worker]}{'UDP' if options.udp else 'TCP'}Server")):  # type: ignore[misc]
+    class Server(predefined(module, options.worker, udp=options.udp)):  # type: ignore[misc]
         request_queue_size = BACKLOG
         daemon_threads = True
         block_on_close = False

@@ -12,7 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS, require_greenlets
+from fastserve.cli.targets import require_greenlets
+from fastserve.workers._names import WORKERS
 
 if TYPE_CHECKING:
     from fastserve.bench.measure import Load

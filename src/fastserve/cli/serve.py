@@ -16,7 +16,8 @@ import fastserve
 from fastserve import sockets
 from fastserve.cli import limits, listening, metrics, tls, watchdog
 from fastserve.cli.arguments import UsageError, positive
-from fastserve.cli.targets import WORKERS, find_handler, require_greenlets
+from fastserve.cli.targets import find_handler, require_greenlets
+from fastserve.workers._names import WORKERS, predefined
 from fastserve.workers._pool import default_workers
 
 DEFAULT_GRACE: Final = 30  # seconds
@@ -168,8 +169,7 @@ def _make_server(args: argparse.Namespace, handler: Any) -> fastserve.TCPServer:
     else:
         family, address = inherited.family, None
     is_tcp = not args.udp and not _is_unix(family) and (inherited is None or inherited.type == socket.SOCK_STREAM)
-    kinds = ("UnixStreamServer", "UnixDatagramServer") if _is_unix(family) else ("TCPServer", "UDPServer")
-    base = getattr(fastserve, WORKERS[args.worker] + kinds[args.udp])
+    base = predefined(fastserve, args.worker, _is_unix(family), args.udp)
     attributes: dict[str, Any] = {
         "address_family": family,
         "max_packet_size": args.max_packet_size or fastserve.UDPServer.max_packet_size,

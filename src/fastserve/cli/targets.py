@@ -13,14 +13,6 @@ from typing import Any, Final
 from fastserve import _backend
 from fastserve.cli.arguments import UsageError
 
-# What --worker takes, and the beginning of the names of the predefined classes.
-WORKERS: Final = {
-    "sync": "",
-    "threads": "Threading",
-    "threadpool": "ThreadPool",
-    "fork": "Forking",
-    "greenlet": "Greenlet",
-}
 OUR_FILES: Final = os.path.join(os.path.dirname(__file__), "")
 
 

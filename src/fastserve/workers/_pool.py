@@ -218,9 +218,13 @@ class Pool:
         self._ending = True
         self._queue.put(None)
 
+    def threads(self) -> list[threading.Thread]:
+        """Return the threads of the workers; some may have ended."""
+        return self._threads.copy()
+
     def join(self) -> None:
         """Wait for the workers that are no daemons, after :meth:`end`. A worker that calls it does not wait."""
-        threads = self._threads.copy()
+        threads = self.threads()
         if _std.threading.current_thread() in threads:
             return
         for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import weakref
 from typing import Any, Final
@@ -120,6 +121,15 @@ def _pool_of(server: Any) -> Pool:
             # Idle threads of a server that nobody has closed end with it.
             weakref.finalize(server, pool.end).atexit = False
     return pool
+
+
+def end_pool(server: Any) -> list[threading.Thread]:
+    """Have the threads of the pool of ``server`` end, as ``server_close()`` does; return them. It may have no pool."""
+    pool: Pool | None = vars(server).get(POOL)
+    if pool is None:
+        return []
+    pool.end()
+    return pool.threads()
 
 
 def _limits(server: Any, pool: Pool) -> Limits:
