@@ -120,7 +120,7 @@ def main() -> None:
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
     counts = options.pop("counts", False)
     stop_after = options.pop("stop_after", None)
-    drain_after, drain_timeout = options.pop("drain_after", None), options.pop("drain_timeout", None)
+    drain_timeout = options.pop("drain_timeout", None)
     line_handler = Kept if options.pop("kept", False) else Handler
     address = options.pop("address", ["127.0.0.1", 0])
     mix_ins = [getattr(fastserve, mix_in) for mix_in in options.pop("mix_ins", [])]
@@ -141,13 +141,17 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"own handler\n") and server._BaseServer__shutdown_request)
     if counts:
         signal.signal(signal.SIGUSR1, lambda *_: os.write(1, f"stats {told(server)}\n".encode()))
+
+    def drain() -> None:
+        os.write(1, b"drained %d\n" % server.drain(drain_timeout))
+
+    if not counts:
+        signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=drain).start())
     where = server.server_address if isinstance(server.server_address, str) else server.server_address[1]
     print(where, os.getpid(), flush=True)
     with server:
         if stop_after is not None:
             threading.Timer(stop_after, server.shutdown).start()
-        if drain_after is not None:
-            threading.Timer(drain_after, lambda: os.write(1, b"drained %d\n" % server.drain(drain_timeout))).start()
         try:
             server.serve_forever()
         finally:
