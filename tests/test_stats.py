@@ -26,7 +26,7 @@ from proxy_support import V1
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 from test_limits import _deadlines_end_soon  # noqa: F401
 from test_prefork import exchange, program
-from tls_support import client_of, server_context
+from tls_support import client_of, end, server_context
 
 ADDRESS = ("127.0.0.1", 0)
 WORKERS = ["", "Threading", "ThreadPool"]
@@ -144,6 +144,7 @@ def test_who_is_connected_is_active(concurrent: str, base: str, tmp_path: Path) 
         for client in clients:
             client.settimeout(LIMIT)
             client.connect(server.server_address)
+            stack.callback(end, client)  # also where the test fails, or the end of the server would wait for it
             client.sendall(b"x\n")
             assert client.recv(2) == b"x\n"
         wait_until(lambda: server.stats().active == 3)  # a child may answer before its parent goes on
