@@ -15,8 +15,11 @@ html_title = f"fastserve {release}"
 # Every reference has to lead somewhere, but those to the stdlib: its inventory would be fetched with every build.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(asyncio|collections|concurrent|ipaddress|logging|socket|socketserver|ssl|threading)(\..*)?"),
-    ("py:class", r"fastserve\..*\._\w+"),  # type variables, and what only a type checker sees
+    (
+        "py:.*",
+        r"(asyncio|collections|concurrent|contextlib|http|ipaddress|logging|os|socket|socketserver|ssl|threading)(\..*)?",
+    ),
+    ("py:class", r"fastserve\.(.*\.)?_\w+(\.\w+)?"),  # type variables, bases, and what only a type checker sees
 ]
 
 myst_heading_anchors = 3

@@ -58,7 +58,7 @@ class ProxySSL:
 
     :ivar client: the flags, as they came.
     :ivar verify: 0 if the client's certificate was verified. Some proxies also say 0 where there was none: ask
-        :attr:`verified`.
+        ``verified``.
     :ivar tlvs: the pairs ``(type, value)`` inside.
     """
 
@@ -88,7 +88,7 @@ class ProxySSL:
 
     @property
     def cn(self) -> str | None:
-        """The common name of the client's certificate. It means nothing unless :attr:`verified`."""
+        """The common name of the client's certificate. It means nothing unless ``verified``."""
         return _text_of(self.tlvs, _SSL_CN)
 
     @property

@@ -147,7 +147,7 @@ class idle:
     The thread of the handler uses it.
 
     A request that arrives in the moment in which the input is ended may be found cut: some of it, and then the end of
-    the stream. :attr:`ended` tells, after the block. Whoever must not handle such a request closes the connection
+    the stream. ``ended`` tells, after the block. Whoever must not handle such a request closes the connection
     without an answer; to the client it is one that was closed while idle, after which HTTP sends the request again (RFC
     9112, section 9.3.1).
 

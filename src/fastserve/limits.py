@@ -41,8 +41,8 @@ class LimitsMixIn(BeforeServer):
         made of the connection to read, ``rfile``, raises :exc:`LineTooLong` for a longer one, and that is reported.
         ``readline(size)`` is as without it, and so is every other read. ``None``, the default, is endless, as for the
         stdlib; the handlers of :mod:`http.server` give a size themselves.
-    :ivar refused_connections: how many were closed because of :attr:`max_connections_per_client`.
-    :ivar overdue_requests: how many connections were shut down because of :attr:`request_timeout`.
+    :ivar refused_connections: how many were closed because of ``max_connections_per_client``.
+    :ivar overdue_requests: how many connections were shut down because of ``request_timeout``.
     """
 
     max_connections: int | None = None

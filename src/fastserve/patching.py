@@ -194,7 +194,7 @@ def _take_back(exchanged: list[tuple[type, str, Any, Any]]) -> None:
 
 
 class Patched:
-    """What :func:`patched` returns: true while the patch is applied, and a context in which it is."""
+    """What :func:`fastserve.patched` returns: true while the patch is applied, and a context in which it is."""
 
     def __init__(self, threading: Threading | None = None) -> None:
         _check(threading)

@@ -182,7 +182,7 @@ class BaseServer(socketserver.BaseServer):
         """Do nothing. The loop calls it after every turn; overridden, also every ``poll_interval`` while idle."""
 
     def handle_request(self) -> None:
-        """Handle one request, waiting for it at most :attr:`timeout` seconds.
+        """Handle one request, waiting for it at most ``timeout`` seconds.
 
         Where the listener itself has a timeout (``settimeout``), the shorter of the two counts. When it passes,
         :meth:`handle_timeout` is called.
@@ -220,7 +220,7 @@ class BaseServer(socketserver.BaseServer):
             self.shutdown_request(request)
 
     def handle_timeout(self) -> None:
-        """Do nothing. :meth:`handle_request` calls it when :attr:`timeout` has passed; may be overridden."""
+        """Do nothing. :meth:`handle_request` calls it when ``timeout`` has passed; may be overridden."""
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether the request is to be handled: ``True`` unless overridden. The loop's thread calls it."""
@@ -239,7 +239,7 @@ class BaseServer(socketserver.BaseServer):
         """Do nothing. Called to release what the server holds; may be extended."""
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Call :attr:`RequestHandlerClass`, whose constructor handles the request. The worker's thread calls it."""
+        """Call ``RequestHandlerClass``, whose constructor handles the request. The worker's thread calls it."""
         self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
 
     def shutdown_request(self, request: Any) -> None:
@@ -354,7 +354,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         return sockets.from_socket(cls, sock, RequestHandlerClass, **options)
 
     def server_bind(self) -> None:
-        """Bind the listener, and set :attr:`server_address` to the address that it got. May be overridden."""
+        """Bind the listener, and set ``server_address`` to the address that it got. May be overridden."""
         names = _std.socket
         if self.allow_reuse_address and hasattr(names, "SO_REUSEADDR"):
             self.socket.setsockopt(names.SOL_SOCKET, names.SO_REUSEADDR, 1)
@@ -369,7 +369,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
-        """Listen, with a backlog of :attr:`request_queue_size`. May be overridden."""
+        """Listen, with a backlog of ``request_queue_size``. May be overridden."""
         self.socket.listen(self.request_queue_size)
 
     def server_close(self) -> None:
@@ -419,18 +419,18 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
     A request is the pair ``(data, socket)``: the bytes of the datagram and the listener, to answer with.
 
-    :meth:`serve_forever` takes datagrams off the socket in batches, and handles them one by one. Those that it has
+    ``serve_forever()`` takes datagrams off the socket in batches, and handles them one by one. Those that it has
     taken when it ends are kept, and served by the next ``serve_forever()`` or ``handle_request()``.
 
     :cvar max_packet_size: bytes that are taken of a datagram, 8192 by default; the kernel drops the rest.
     :cvar max_batch: datagrams that are taken at a time, 64 by default. It is 1 where other processes receive from
         the same socket: with ``ForkingMixIn``, and in a forked child that did not make the server itself.
     :cvar gather_replies: whether the replies to one batch are sent together, ``False`` by default. It costs less,
-        but a reply waits for the handlers of the batch, and what fails goes to :meth:`handle_error`, with the
+        but a reply waits for the handlers of the batch, and what fails goes to ``handle_error()``, with the
         reply in the place of the request, instead of being raised by ``sendto``.
-    :ivar truncated_datagrams: how many datagrams were longer than :attr:`max_packet_size`. The first is reported
+    :ivar truncated_datagrams: how many datagrams were longer than ``max_packet_size``. The first is reported
         on standard error.
-    :ivar dropped_datagrams: how many datagrams :meth:`server_close` found that were taken and not handled.
+    :ivar dropped_datagrams: how many datagrams ``server_close()`` found that were taken and not handled.
     """
 
     allow_reuse_address = False

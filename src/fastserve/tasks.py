@@ -27,7 +27,7 @@ _DEFAULT: Any = getattr(socket, "_GLOBAL_DEFAULT_TIMEOUT", None)
 
 
 class Spawned(Protocol):
-    """What :func:`spawn` returns: these methods of :class:`threading.Thread`."""
+    """What :func:`fastserve.spawn` returns: these methods of :class:`threading.Thread`."""
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the function has returned, for at most ``timeout`` seconds (``None``: endless)."""

@@ -142,7 +142,7 @@ class Served:
         return self._errors.all()
 
     def take_error(self, timeout: float = 5.0) -> Exception:
-        """Remove the first of :attr:`errors`, and return it. It is waited for.
+        """Remove the first of ``errors``, and return it. It is waited for.
 
         :param timeout: seconds to wait, 5 by default.
         :raises AssertionError: if no handler raises in this time.

@@ -46,7 +46,7 @@ class TLSMixIn(BeforeServer):
     Without a worker mix-in that is the loop. One that fails or takes too long is not reported.
 
     Name it first. Its attributes are those of the class or the instance, and are needed when the listener is bound:
-    either :attr:`ssl_context`, or :attr:`tls_cert` and what belongs to it, of which a context is made: that of
+    either ``ssl_context``, or ``tls_cert`` and what belongs to it, of which a context is made: that of
     ``ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)``, for TLS 1.2 and later.
 
     :cvar ssl_context: the context, made with ``ssl.PROTOCOL_TLS_SERVER``. Another one may be assigned at any time, by
@@ -77,7 +77,7 @@ class TLSMixIn(BeforeServer):
         """Bind the listener, if there is a certificate to serve with.
 
         :raises TypeError: if this is a server for datagrams.
-        :raises ValueError: if there is neither :attr:`ssl_context` nor :attr:`tls_cert`, or more than one of the two.
+        :raises ValueError: if there is neither ``ssl_context`` nor ``tls_cert``, or more than one of the two.
         :raises OSError: if a file cannot be read or, ``ssl.SSLError``, be used.
         """
         _prepare(self)
@@ -98,7 +98,7 @@ class TLSMixIn(BeforeServer):
 
         :raises OSError: if a file cannot be read or, ``ssl.SSLError``, be used, as when the key is not that of the
             certificate because only one of the two files was exchanged yet.
-        :raises ValueError: if there are no files, because there is an :attr:`ssl_context`: assign a new one instead.
+        :raises ValueError: if there are no files, because there is an ``ssl_context``: assign a new one instead.
         """
         if self.ssl_context is not None:
             raise ValueError("the server has an ssl_context, and no files to load again: assign a new context")

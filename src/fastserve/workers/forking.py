@@ -86,7 +86,7 @@ if hasattr(os, "fork"):
         handshake_timeout: float | None = tls.HANDSHAKE_TIMEOUT
 
         def collect_children(self, *, blocking: bool = False) -> None:
-            """Collect the children that have ended, and wait for one if there are :attr:`max_children`.
+            """Collect the children that have ended, and wait for one if there are ``max_children``.
 
             Only the server's own children are collected. In the thread of a loop that watches them it asks for
             those alone that have ended.
@@ -157,7 +157,7 @@ if hasattr(os, "fork"):
                     os._exit(status)
 
         def server_close(self) -> None:
-            """Close the server and collect the children; wait for them if :attr:`block_on_close` says so."""
+            """Close the server and collect the children; wait for them if ``block_on_close`` says so."""
             past(__class__, socketserver.ForkingMixIn, self).server_close()  # type: ignore[name-defined]
             self.collect_children(blocking=self.block_on_close)
 

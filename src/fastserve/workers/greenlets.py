@@ -55,7 +55,7 @@ class GreenletMixIn(ThreadingMixIn, BeforeServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Handle requests until :meth:`shutdown`: see :meth:`BaseServer.serve_forever`.
 
-        It then waits for the requests that still run, or ends them: :attr:`block_on_close`. When it ends with an
+        It then waits for the requests that still run, or ends them: ``block_on_close``. When it ends with an
         exception, such as ``KeyboardInterrupt``, :meth:`server_close` does that, in the same thread.
 
         :raises ImportError: if greenlet is not installed.
@@ -124,7 +124,7 @@ class GreenletMixIn(ThreadingMixIn, BeforeServer):
             _start_counted(self, hub, request, client_address)
 
     def server_close(self) -> None:
-        """Close the server, and wait for the requests that run if :attr:`block_on_close` says so, else end them.
+        """Close the server, and wait for the requests that run if ``block_on_close`` says so, else end them.
 
         Called by a handler it does not wait.
         """

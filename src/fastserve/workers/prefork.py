@@ -79,7 +79,7 @@ if hasattr(os, "fork"):
             calls ``shutdown()`` ends the workers too. ``service_actions()`` is called by the loop of
             each worker, and by this one, also while it waits for the workers to end.
 
-            :raises ValueError: if :attr:`workers` is less than 1, or the server is closed.
+            :raises ValueError: if ``workers`` is less than 1, or the server is closed.
             :raises RuntimeError: if :class:`GreenletMixIn` was named before this mix-in, or a greenlet calls it.
             """
             if _waiting.running() is not None:
@@ -94,7 +94,7 @@ if hasattr(os, "fork"):
             """Stop the workers, and wait for their end: see :meth:`DrainMixIn.drain`.
 
             In the parent the workers are told to end, as by SIGTERM, and have ``timeout`` in the place of
-            :attr:`graceful_timeout`. It returns how many had to be killed. In a worker, which is in a handler, it does
+            ``graceful_timeout``. It returns how many had to be killed. In a worker, which is in a handler, it does
             what :meth:`shutdown` does there.
             """
             supervisor: Supervisor | None = vars(self).get(_worker.SUPERVISOR)

@@ -23,7 +23,7 @@ TICK: Final = 0.05  # seconds between two looks at the flag, while a loop's thre
 class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
     """Handle requests in threads that are used again: ``class Server(ThreadPoolMixIn, TCPServer)``.
 
-    A thread is started when a request comes and all others are busy, up to :attr:`max_workers`; then requests are
+    A thread is started when a request comes and all others are busy, up to ``max_workers``; then requests are
     queued. When the queue is full too, the loop leaves its listener alone: further connections wait in the
     kernel's backlog, where another process may take them, until a request is done.
 
@@ -51,12 +51,12 @@ class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
     _BaseServer__is_shut_down: Any = IsShutDown()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Queue the request for :meth:`process_request_thread`, in one of the threads. The loop's thread calls it.
+        """Queue the request for ``process_request_thread()``, in one of the threads. The loop's thread calls it.
 
         Called when the queue is full, by a loop that is not fastserve's, it waits for a place; ``shutdown()`` ends
         this wait, and the request is queued beyond the limit.
 
-        :raises ValueError: if :attr:`max_workers` or :attr:`max_queued` is too small.
+        :raises ValueError: if ``max_workers`` or ``max_queued`` is too small.
         :raises RuntimeError: if there is no thread and none can be started. As long as there is one, the request waits
             for it.
         """
@@ -70,7 +70,7 @@ class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
                 pool.hold(loop)
 
     def server_close(self) -> None:
-        """Close the server, and wait for the requests that run or are queued if :attr:`block_on_close` says so.
+        """Close the server, and wait for the requests that run or are queued if ``block_on_close`` says so.
 
         Idle threads end, the others when the queue is empty. Called by a handler, in one of the threads, it does not
         wait.
@@ -90,7 +90,7 @@ class ThreadPoolMixIn(ThreadingMixIn, BeforeServer):
         following(ThreadPoolMixIn, self, "shutdown")()
 
     def handle_request(self) -> None:
-        """Wait for a place and a request, both in :attr:`timeout` seconds: see :meth:`BaseServer.handle_request`."""
+        """Wait for a place and a request, both in ``timeout`` seconds: see :meth:`BaseServer.handle_request`."""
         handle_request = following(ThreadPoolMixIn, self, "handle_request")
         pool = _pool_of(self)
         limits = _limits(self, pool)

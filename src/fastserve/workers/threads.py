@@ -117,7 +117,7 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         """Have a thread handle the request. The loop's thread calls it.
 
         An operating-system thread that has ended its request waits for the next one for a while. Where there is none,
-        or where it is not allowed (:attr:`reuse_threads`) or not possible (without the C extensions, under gevent, in
+        or where it is not allowed (``reuse_threads``) or not possible (without the C extensions, under gevent, in
         a debugger), a new one is started.
 
         :raises RuntimeError: if no thread can be started; the loop then gives it to ``handle_error`` and closes
@@ -136,7 +136,7 @@ class ThreadingMixIn(socketserver.ThreadingMixIn):
         thread.start()
 
     def server_close(self) -> None:
-        """Close the server, and wait for the threads if :attr:`block_on_close` says so. Idle threads end."""
+        """Close the server, and wait for the threads if ``block_on_close`` says so. Idle threads end."""
         past(__class__, socketserver.ThreadingMixIn, self).server_close()  # type: ignore[name-defined]
         self._threads.join()
         _reuse.end_idle_threads()
