@@ -197,6 +197,7 @@ def test_help_shows_usage_options_and_an_example(command: list[str], said: list[
     assert max(map(len, shown.stdout.splitlines())) <= 100
 
 
+@pytest.mark.once
 def test_the_script_and_the_module_are_the_same_program() -> None:
     script = fastserve_script()
     for args in ["--help"], ["serve", "--help"], ["--version"], ["info"], ["serve"]:
@@ -265,6 +266,7 @@ def test_version() -> None:
         ("serve handlers:Lines --max-packet-size 5", "fastserve serve", "--udp"),
     ],
 )
+@pytest.mark.once
 def test_wrong_arguments_give_one_line_and_status_2(here: Path, args: str, prog: str, said: str) -> None:
     (here / "namespace").mkdir()
     assert_refused(cli(*args.split()), prog, said)
@@ -561,6 +563,7 @@ def test_an_empty_host_means_all_ipv4_interfaces() -> None:
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("clients", [0, 1, 2])
+@pytest.mark.once
 def test_a_signal_stops_at_once_whatever_clients_are_connected(
     here: Path, worker: str, signum: int, clients: int
 ) -> None:
@@ -721,6 +724,7 @@ def test_serve_finds_handlers_by_dotted_name_and_imports_beside_a_file(here: Pat
             stop(server)
 
 
+@pytest.mark.once
 def test_options_reach_the_server(here: Path) -> None:
     for options, expected in (
         ([], f"[{socket.SOMAXCONN}, True]"),

@@ -66,6 +66,7 @@ def test_every_example_has_a_test_and_a_line_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.once
 def test_every_example_explains_itself(path: Path) -> None:
     text = path.read_text()
     assert f"    python examples/{path.name}" in text.split('"""')[1], "the docstring says how to run it"
