@@ -120,9 +120,20 @@ def silent(sock: Any) -> Any:
     return read_all(sock)
 
 
-@case(slowly(b"one", b"two"))
+def in_turns(sock: Any) -> Any:
+    """A client whose second part comes when the first has been read."""
+    time.sleep(0.01)
+    sock.sendall(b"one")
+    assert sock.recv(1) == b"!"
+    sock.sendall(b"two")
+    return read_all(sock)
+
+
+@case(in_turns)
 def recv(c: Any) -> Any:
-    return [c.recv(2), c.recv(100), c.recv(100), c.recv(0)]
+    found = [c.recv(2), c.recv(100)]
+    c.sendall(b"!")
+    return [*found, c.recv(100), c.recv(0)]
 
 
 @case(slowly(b"onetwothree"))
