@@ -325,6 +325,16 @@ def test_an_address_that_cannot_be_had_leaves_nothing(impl: str) -> None:
             pytest.fail("it was begun")
 
 
+def test_a_server_that_no_thread_can_serve_is_closed(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with nothing_left(), monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"), testing.serve(Upper):
+            pytest.fail("it was begun")
+
+
 def test_several_servers_at_a_time_in_several_threads(impl: str) -> None:
     answers: list[bytes] = []
 

@@ -222,7 +222,11 @@ class Served:
             server.finish_request = self._in_child(server.finish_request)
         if hasattr(server, "graceful_timeout"):
             server.graceful_timeout = min(server.graceful_timeout, _PATIENCE)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # there are too many
+            server.server_close()
+            raise
 
     def _in_child(self, finish_request: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def close_copies_and_finish_request(request: Any, client_address: Any) -> None:
