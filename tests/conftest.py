@@ -74,6 +74,17 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+# Files whose tests take their time, and whose Python twin is that of every version of Python: .ci/run tests it once.
+ONE_PYTHON_TWIN = ("test_prefork.py", "test_drain.py", "test_stats.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if item.path.name in ONE_PYTHON_TWIN and not NO_EXTENSIONS and callspec and callspec.params.get("impl") == "py":
+            item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture
 def core(impl: str) -> ModuleType | None:
     """The core of ``impl``, for tests of the twins' contract."""

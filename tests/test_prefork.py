@@ -32,11 +32,9 @@ needs_greenlet = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None
 ALL = [*MODELS, pytest.param("GreenletTCPServer", marks=needs_greenlet)]
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.once if name == "py" and len(TWINS) > 1 else ()) for name in TWINS]
-)
+@pytest.fixture(params=sorted(TWINS))
 def impl(request: pytest.FixtureRequest) -> str:
-    """The implementation of the program. The Python twin is that of every version: these tests take their time."""
+    """The implementation of the program."""
     return str(request.param)
 
 
