@@ -522,6 +522,24 @@ def test_an_interrupt_in_a_handler_ends_the_loop() -> None:
     client.close()
 
 
+def test_an_interrupt_before_the_files_of_a_handler_are_closed_closes_the_connection(impl: str) -> None:
+    handlers: list[Any] = []
+
+    class Handler(fastserve.StreamRequestHandler):
+        def handle(self) -> None:
+            handlers.append(self)
+
+        def finish(self) -> None:
+            raise KeyboardInterrupt
+
+    with server_of(Handler) as server:
+        client = socket.create_connection(("127.0.0.1", server.server_address[1]), LIMIT)
+        with client, pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+        assert handlers[0].request.fileno() == -1 and not handlers[0].rfile.closed
+        handlers[0].rfile.close()
+
+
 def test_serving_goes_on_after_a_shutdown() -> None:
     server = server_of(Echo)
     for _ in range(2):

@@ -245,6 +245,7 @@ def _ended_by(error: BaseException, request: Any) -> None:
         raise error
     if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
         if isinstance(request, socket.socket):
+            request._io_refs = 0  # type: ignore[attr-defined]  # files that were not closed do not keep it open
             request.close()
         raise error
     _uncaught.report(error)
