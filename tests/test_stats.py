@@ -24,7 +24,6 @@ import fastserve
 from fastserve._meter import ROWS
 from proxy_support import V1
 from support import LIMIT, open_descriptors, serving, talk, wait_until
-from test_limits import _deadlines_end_soon  # noqa: F401
 from test_prefork import exchange, program
 from tls_support import client_of, end, server_context
 
@@ -34,6 +33,7 @@ if importlib.util.find_spec("greenlet") is not None:
     WORKERS.append("Greenlet")
 FORKING = ["Forking"] if hasattr(os, "fork") else []
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts bytes on Linux")
+pytestmark = pytest.mark.usefixtures("deadlines_end_soon")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 
 
