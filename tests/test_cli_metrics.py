@@ -57,7 +57,7 @@ def scrape(url: str) -> dict[tuple[str, ...], float]:
 @contextlib.contextmanager
 def measured(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server with metrics, its address, and where they are."""
-    with started("serve", "handlers:Lines", *METRICS, *options, **STRICT) as server:
+    with started("serve", "handlers:Lines", "--backlog", "128", *METRICS, *options, **STRICT) as server:
         yield server, address_of(server), url_of(server)
 
 

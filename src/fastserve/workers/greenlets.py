@@ -259,7 +259,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
     state = State.of(server)
     loop = state.own_loop()
 
-    def handle() -> None:
+    def handle(server: Any, request: Any, client_address: Any) -> None:  # arguments that the watchdog knows
         try:
             _process_request_greenlet()(server, request, client_address)
         finally:
@@ -269,7 +269,7 @@ def _start_counted(server: Any, hub: Any, request: Any, client_address: Any) -> 
 
     _make_cooperative(request)
     state.connections += 1
-    hub.start(handle)
+    hub.start(handle, server, request, client_address)
     if isinstance(loop, Loop) and state.connections >= limit:
         loop.hold()
 
