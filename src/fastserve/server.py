@@ -297,9 +297,9 @@ class TCPServer(BaseServer, socketserver.TCPServer):
     :ivar socket: the listener. It may be replaced, also by an object that is not a ``socket.socket``.
     """
 
-    address_family = socket.AF_INET
+    address_family: int = socket.AF_INET
 
-    socket_type = socket.SOCK_STREAM
+    socket_type: int = socket.SOCK_STREAM
 
     request_queue_size = 5
 
@@ -384,7 +384,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""
         return self.socket.fileno()
 
-    def get_request(self) -> tuple[Any, Any]:
+    def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; return ``(request, client_address)``, the first a ``socket.socket``.
 
         It is a :class:`fastserve.streams.Connection` if the listener is a plain ``socket.socket``; any other listener
@@ -437,7 +437,7 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
     allow_reuse_port = False
 
-    socket_type = socket.SOCK_DGRAM
+    socket_type: int = socket.SOCK_DGRAM
 
     max_packet_size = 8192
 
@@ -526,9 +526,9 @@ if hasattr(socket, "AF_UNIX"):
     class UnixStreamServer(TCPServer, socketserver.UnixStreamServer):
         """A :class:`TCPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
 
-        address_family = socket.AF_UNIX
+        address_family: int = socket.AF_UNIX
 
     class UnixDatagramServer(UDPServer, socketserver.UnixDatagramServer):
         """A :class:`UDPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
 
-        address_family = socket.AF_UNIX
+        address_family: int = socket.AF_UNIX
