@@ -14,15 +14,19 @@ import ssl
 import threading
 import wsgiref.simple_server
 import xmlrpc.server
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
     Request = socketserver._RequestType
     Address = socketserver._AfInetAddress
+
+Server = TypeVar("Server", bound=socketserver.BaseServer)
 
 
 # Handlers.
@@ -59,6 +63,7 @@ class Plain(socketserver.BaseRequestHandler):
             print(self.server.fileno(), self.server.socket.family, self.server.server_address[0])
         if isinstance(self.server, Counting):
             self.server.count += 1
+        cast(Counting, self.server).count += 1
         assert isinstance(self.server, socketserver.ThreadingMixIn)
         print(self.server.daemon_threads)
 
@@ -236,6 +241,11 @@ class Counting(socketserver.TCPServer):
         super().server_close()
         self.executor.shutdown()
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+
     def fileno(self) -> int:
         return super().fileno()
 
@@ -388,6 +398,31 @@ class HandlerOfRPC(xmlrpc.server.SimpleXMLRPCRequestHandler):
     rpc_paths = ("/rpc",)
 
 
+class WithoutThreads(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    process_request = socketserver.TCPServer.process_request
+
+
+class Secure(socketserver.ThreadingTCPServer):
+    address_family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
+    request_queue_size = socket.SOMAXCONN
+
+    def get_request(self) -> tuple[ssl.SSLSocket, Any]:
+        request, address = super().get_request()
+        return ssl.create_default_context().wrap_socket(request), address
+
+
+class Adopting(socketserver.TCPServer):
+    def __init__(self, descriptor: int, handler: type[socketserver.BaseRequestHandler]) -> None:
+        socketserver.BaseServer.__init__(self, ("", 0), handler)
+        self.socket = socket.socket(fileno=descriptor)
+        self.address_family = self.socket.family
+        self.server_address = ("", 0)
+
+
+class OfKind(socketserver.TCPServer, Generic[Server]):
+    peer: Server
+
+
 class MixInOfServers(socketserver.BaseServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         raise
@@ -437,6 +472,20 @@ def run(server: socketserver.BaseServer) -> threading.Thread:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    with server:
+        thread = run(server)
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+serve = socketserver.TCPServer.serve_forever
 
 
 def new(
@@ -514,5 +563,12 @@ def main(application: WSGIApplication) -> None:
     classes: dict[str, type[socketserver.BaseServer]] = {"tcp": socketserver.TCPServer, "udp": Datagrams}
     handlers: list[type[socketserver.BaseRequestHandler]] = [Lines, Packets, Echo]
     print(servers, classes, handlers, new_threading(Lines), new_threading(new_handler))
+    with running(Counting(("", 0))) as counted, running(socketserver.ThreadingUDPServer(("", 0), Packets)) as datagrams:
+        counted.count += datagrams.max_packet_size
+    with ExitStack() as stack:
+        entered = stack.enter_context(socketserver.TCPServer(("", 0), new_handler, False))
+        entered.server_bind()
+        entered.finish_request((b"", socket.socket()), ("", 1))
+        serve(entered, 0.1)
     dynamic = type("Dynamic", (socketserver.ThreadingMixIn, socketserver.TCPServer), {})
     print(dynamic)

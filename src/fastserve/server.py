@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import socketserver
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from fastserve import _backend, datagrams, pollers, sockets, tls
 from fastserve._loop import (
@@ -265,9 +265,11 @@ class BaseServer(socketserver.BaseServer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *args: object) -> None:
-        """Close the server: ``with`` calls :meth:`server_close`."""
-        self.server_close()
+    if not TYPE_CHECKING:  # what overrides it has three parameters, those of the stub of socketserver
+
+        def __exit__(self, *args: object) -> None:
+            """Close the server: ``with`` calls :meth:`server_close`."""
+            self.server_close()
 
 
 class TCPServer(BaseServer, socketserver.TCPServer):
