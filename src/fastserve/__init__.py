@@ -73,7 +73,7 @@ else:
 
 
 # What fastserve has beyond socketserver.
-__extensions__ = [
+__extensions__: list[str] = [
     "DrainHTTPMixIn",
     "DrainMixIn",
     "GreenletMixIn",
