@@ -21,12 +21,12 @@ from fastserve._backend import implementation
 from fastserve._lines import LineTooLong
 from fastserve._version import __version__
 from fastserve.draining import DrainHTTPMixIn, DrainMixIn, idle
-from fastserve.handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+from fastserve.handlers import DatagramRequestHandler, StreamRequestHandler
 from fastserve.limits import LimitsMixIn
 from fastserve.logs import LoggingMixIn
 from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
-from fastserve.server import BaseServer, TCPServer, UDPServer
+from fastserve.server import TCPServer, UDPServer
 from fastserve.sockets import from_socket
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
@@ -42,25 +42,38 @@ from fastserve.workers.threads import (
 )
 
 if TYPE_CHECKING:
+    # Ours add nothing to them. As the same classes they go together with the servers and handlers of http.server, say,
+    # as a program that was written for socketserver has it: in annotations, and as self.server of a handler.
+    from socketserver import BaseRequestHandler, BaseServer
+
+    # The names of types, which programs find in the stub of socketserver and nowhere else.
+    from socketserver import _AfInet6Address as _AfInet6Address
+    from socketserver import _AfInetAddress as _AfInetAddress
+    from socketserver import _AfUnixAddress as _AfUnixAddress
+    from socketserver import _RequestType as _RequestType
+
     from fastserve.proxy import ProxyInfo, ProxyProtocolError, ProxyProtocolMixIn, proxy_info
     from fastserve.stats import ServerStats, StatsMixIn, WorkerStats
+else:
+    from fastserve.handlers import BaseRequestHandler
+    from fastserve.server import BaseServer
 
+    # A type checker that saw this would take any name for one that is here.
+    def __getattr__(name: str) -> Any:
+        # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
+        if name in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
+            from fastserve import proxy
 
-def __getattr__(name: str) -> Any:
-    # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
-    if name in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
-        from fastserve import proxy
+            return getattr(proxy, name)
+        if name in ("ServerStats", "StatsMixIn", "WorkerStats"):
+            from fastserve import stats
 
-        return getattr(proxy, name)
-    if name in ("ServerStats", "StatsMixIn", "WorkerStats"):
-        from fastserve import stats
-
-        return getattr(stats, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(stats, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # What fastserve has beyond socketserver.
-__extensions__ = [
+__extensions__: list[str] = [
     "DrainHTTPMixIn",
     "DrainMixIn",
     "GreenletMixIn",

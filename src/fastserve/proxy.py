@@ -122,12 +122,12 @@ class ProxyProtocolMixIn(BeforeServer):
             else :exc:`fastserve.ProxyProtocolError`.
         """
 
-    def get_request(self) -> Any:
+    def get_request(self) -> tuple[Any, Any]:
         """Accept a connection: that of the server. With TLS it leaves the handshake for after the header.
 
         :raises RuntimeError: if the listener does the handshake itself, and it is not known how to put it off.
         """
-        get_request = super().get_request  # type: ignore[misc]
+        get_request: Callable[[], tuple[Any, Any]] = super().get_request  # type: ignore[misc]
         listener = self.socket  # type: ignore[attr-defined]
         if type(listener) is socket.socket:
             return get_request()

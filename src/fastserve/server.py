@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import socketserver
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from fastserve import _backend, datagrams, pollers, sockets, tls
 from fastserve._loop import (
@@ -265,9 +265,11 @@ class BaseServer(socketserver.BaseServer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *args: object) -> None:
-        """Close the server: ``with`` calls :meth:`server_close`."""
-        self.server_close()
+    if not TYPE_CHECKING:  # what overrides it has three parameters, those of the stub of socketserver
+
+        def __exit__(self, *args: object) -> None:
+            """Close the server: ``with`` calls :meth:`server_close`."""
+            self.server_close()
 
 
 class TCPServer(BaseServer, socketserver.TCPServer):
@@ -297,9 +299,9 @@ class TCPServer(BaseServer, socketserver.TCPServer):
     :ivar socket: the listener. It may be replaced, also by an object that is not a ``socket.socket``.
     """
 
-    address_family = socket.AF_INET
+    address_family: int = socket.AF_INET
 
-    socket_type = socket.SOCK_STREAM
+    socket_type: int = socket.SOCK_STREAM
 
     request_queue_size = 5
 
@@ -384,7 +386,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
         """Return the descriptor of the listener, for ``select`` and the like; -1 once it is closed."""
         return self.socket.fileno()
 
-    def get_request(self) -> tuple[Any, Any]:
+    def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; return ``(request, client_address)``, the first a ``socket.socket``.
 
         It is a :class:`fastserve.streams.Connection` if the listener is a plain ``socket.socket``; any other listener
@@ -437,7 +439,7 @@ class UDPServer(TCPServer, socketserver.UDPServer):
 
     allow_reuse_port = False
 
-    socket_type = socket.SOCK_DGRAM
+    socket_type: int = socket.SOCK_DGRAM
 
     max_packet_size = 8192
 
@@ -526,9 +528,9 @@ if hasattr(socket, "AF_UNIX"):
     class UnixStreamServer(TCPServer, socketserver.UnixStreamServer):
         """A :class:`TCPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
 
-        address_family = socket.AF_UNIX
+        address_family: int = socket.AF_UNIX
 
     class UnixDatagramServer(UDPServer, socketserver.UnixDatagramServer):
         """A :class:`UDPServer` on a Unix domain socket; ``server_address`` is its path (unix(7))."""
 
-        address_family = socket.AF_UNIX
+        address_family: int = socket.AF_UNIX

@@ -116,7 +116,7 @@ class Served:
 
     def __init__(self, server: Any, stack: contextlib.ExitStack) -> None:
         self.server = server
-        self.address = server.server_address
+        self.address: Any = server.server_address
         self._stack = stack  # closed at the end of the block
         self._clients: list[socket.socket] = []
         self._forks = _forks(server)

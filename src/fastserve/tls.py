@@ -13,7 +13,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fastserve import _backend
 
@@ -26,6 +26,8 @@ HANDSHAKE_LIMIT: Final = "_fastserve_handshake_timeout"
 
 # Likewise, of one whose handshake has failed.
 FAILED_HANDSHAKE: Final = "_fastserve_handshake_has_failed"
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # The classes of connections whose handshake is to be done.
 unfinished: Final[set[type]] = set()
@@ -42,7 +44,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def finishes_handshakes(method: Callable[..., Any]) -> Callable[..., Any]:
+def finishes_handshakes(method: _Method) -> _Method:
     """Decorate the method of a worker model that calls :func:`finish_handshake`."""
     _finishers.append((method.__name__, method))
     return method

@@ -104,7 +104,7 @@ class TLSMixIn(BeforeServer):
             raise ValueError("the server has an ssl_context, and no files to load again: assign a new context")
         _load(self)
 
-    def get_request(self) -> Any:
+    def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; return it, with TLS and before its handshake, and its address.
 
         One that has TLS already, because the listener was wrapped or by an override that follows, stays as it is.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import socketserver
+import sys
 import time
 from collections.abc import Set
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastserve import pollers, tls
 from fastserve._loop import Loop, SelectorLoop, State, quiet_service_actions
@@ -177,11 +178,18 @@ if hasattr(os, "fork"):
         from fastserve.server import UnixDatagramServer, UnixStreamServer
 
         # Python 3.11 has no such classes; where they are, ours are derived from them.
-        _StdlibStream: Any = getattr(_std, "ForkingUnixStreamServer", _std.UnixStreamServer)
-        _StdlibDatagram: Any = getattr(_std, "ForkingUnixDatagramServer", _std.UnixDatagramServer)
+        if not TYPE_CHECKING:
+            _StdlibStream = getattr(_std, "ForkingUnixStreamServer", _std.UnixStreamServer)
+            _StdlibDatagram = getattr(_std, "ForkingUnixDatagramServer", _std.UnixDatagramServer)
+        elif sys.version_info >= (3, 12):
+            _StdlibStream = socketserver.ForkingUnixStreamServer
+            _StdlibDatagram = socketserver.ForkingUnixDatagramServer
+        else:
+            _StdlibStream = socketserver.UnixStreamServer
+            _StdlibDatagram = socketserver.UnixDatagramServer
 
-        class ForkingUnixStreamServer(ForkingMixIn, UnixStreamServer, _StdlibStream):  # type: ignore[misc]
+        class ForkingUnixStreamServer(ForkingMixIn, UnixStreamServer, _StdlibStream):
             """A :class:`~fastserve.UnixStreamServer` with a child process for each connection."""
 
-        class ForkingUnixDatagramServer(ForkingMixIn, UnixDatagramServer, _StdlibDatagram):  # type: ignore[misc]
+        class ForkingUnixDatagramServer(ForkingMixIn, UnixDatagramServer, _StdlibDatagram):
             """A :class:`~fastserve.UnixDatagramServer` with a child process for each datagram."""

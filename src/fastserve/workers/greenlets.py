@@ -7,6 +7,7 @@ import os
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 from fastserve import _backend, _uncaught, _waiting, tls
@@ -95,16 +96,16 @@ class GreenletMixIn(ThreadingMixIn, BeforeServer):
     def _handle_request_noblock(self) -> None:
         following(__class__, self, "_handle_request_noblock")()  # type: ignore[name-defined]
 
-    def get_request(self) -> Any:
+    def get_request(self) -> tuple[Any, Any]:
         """Accept a connection that lets others go on while it waits; an override that follows is called as it is."""
-        get_request = super().get_request  # type: ignore[misc]
+        get_request: Callable[[], tuple[Any, Any]] = super().get_request  # type: ignore[misc]
         if (
             getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
             and _waiting.running() is not None
         ):
             listener = self.socket  # type: ignore[attr-defined]
             if type(listener) is socket.socket:
-                return _backend.green().accept(listener)
+                return _backend.green().accept(listener)  # type: ignore[no-any-return]
             if tls.is_listener(listener):
                 return tls.accept(self, True)
         return get_request()

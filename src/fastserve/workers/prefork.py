@@ -54,7 +54,7 @@ if hasattr(os, "fork"):
 
         worker_timeout: float | None = None
 
-        graceful_timeout = 30.0
+        graceful_timeout: float = 30.0
 
         handle_signals = True
 
