@@ -158,6 +158,22 @@ def test_the_navigation_lists_every_page() -> None:
     assert sorted([*listed[1].split(), "index"]) == sorted(page.stem for page in DOCS.glob("*.md"))
 
 
+def test_the_module_map_names_every_file_of_the_package_and_no_other() -> None:
+    text = (DOCS / "design.md").read_text("utf-8").partition("## Module map")[2]
+    named = [
+        name for row in re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    ]
+    assert sorted(named) == sorted(set(named))
+    package = ROOT / "src" / "fastserve"
+    files = {
+        path.relative_to(package).as_posix()
+        for suffix in ("py", "pyx", "pxd", "h")
+        for path in package.rglob(f"*.{suffix}")
+        if "__pycache__" not in path.parts
+    }
+    assert set(named) == (files - {"workers/__init__.py"}) | {"_fastserve_pytest.py"}
+
+
 def code_blocks(only_runnable: bool = False) -> list[object]:
     found = []
     for page in WITH_CODE:
