@@ -93,3 +93,9 @@ def test_the_tests_with_pytest_pass(tmp_path: Path) -> None:
     status, said = run_pytest(tmp_path, blocks("A test with pytest", "python")[0])
     assert status == 0, said
     assert "3 passed" in said
+
+
+def test_prometheus_is_told_where_the_metrics_are() -> None:
+    heading = "Metrics for Prometheus"
+    args = make_parser().parse_args(shlex.split(blocks(heading, "sh")[0])[1:])
+    assert re.findall(r'targets: \["(.*)"\]', blocks(heading, "yaml")[0]) == [args.metrics]
