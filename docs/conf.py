@@ -24,3 +24,5 @@ nitpick_ignore_regex = [
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+# Longer signatures have a line for each parameter.
+python_maximum_signature_line_length = 90

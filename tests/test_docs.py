@@ -173,7 +173,9 @@ def documented() -> set[str]:
     """Return the names of which the page Interface has the contract, and those of its table of combinations."""
     text = (DOCS / "api.md").read_text("utf-8")
     combinations = text.partition("### Predefined combinations")[2].partition("\n#")[0]
-    directives = re.findall(r"^\.\. (?:auto(?:class|exception|function)|data):: fastserve\.(\S+)$", text, re.MULTILINE)
+    directives = re.findall(
+        r"^\.\. (?:auto(?:class|exception|function)|data):: fastserve\.([\w.]+)(?:\(.*)?$", text, re.MULTILINE
+    )
     assert sorted(directives) == sorted(set(directives))
     return {*directives, *re.findall(r"`(\w+Server)`", combinations)}
 
