@@ -11,6 +11,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"fastserve {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 # Every reference has to lead somewhere, but those to the stdlib: its inventory would be fetched with every build.
 nitpicky = True
