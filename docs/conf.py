@@ -11,6 +11,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"fastserve {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 # Every reference has to lead somewhere, but those to the stdlib: its inventory would be fetched with every build.
 nitpicky = True
@@ -24,3 +26,5 @@ nitpick_ignore_regex = [
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+# Longer signatures have a line for each parameter.
+python_maximum_signature_line_length = 90

@@ -153,6 +153,40 @@ def test_in_one_process_every_order_before_the_server_serves(
     assert capsys.readouterr().err == ""
 
 
+class Raises(fastserve.StreamRequestHandler):
+    def handle(self) -> None:
+        raise ValueError(self.rfile.readline())
+
+
+@pytest.mark.parametrize(
+    ("order", "errors"),
+    [
+        (["StatsMixIn", *MIX_INS, "DrainMixIn"], 1),  # of the page about deployment
+        (["DrainMixIn", "StatsMixIn", *MIX_INS], 1),
+        (["ProxyProtocolMixIn", "TLSMixIn", "LoggingMixIn", "StatsMixIn", "LimitsMixIn", "DrainMixIn"], 0),
+    ],
+)
+def test_what_is_logged_before_it_is_counted_is_no_counted_error(impl: str, order: list[str], errors: int) -> None:
+    records = Records()
+    logger = logging.Logger("test", logging.ERROR)
+    logger.addHandler(records)
+    bases = [getattr(fastserve, mix_in) for mix_in in order]
+    attributes = {"ssl_context": server_context(), "max_connections_per_client": 9, "logger": logger}
+    server = type("Server", (*bases, fastserve.ThreadingTCPServer), attributes)(("127.0.0.1", 0), Raises)
+    with serving(server):
+        with client_of(server.server_address) as client, contextlib.suppress(OSError):
+            client.sendall(b"hello\n")
+            assert client.recv(1) == b""
+        with socket.create_connection(server.server_address, LIMIT) as client:
+            client.sendall(b"no header\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(1) == b""
+        assert server.drain(LIMIT) == 0
+    assert records.lines == ["request of 192.0.2.7:56324"]
+    stats = server.stats()
+    assert (stats.accepted, stats.handled, stats.refused["proxy_header"], stats.errors) == (2, 1, 1, errors)
+
+
 OURS = [*MIX_INS, "ThreadPoolMixIn", "GreenletMixIn", *(["PreforkMixIn"] if hasattr(os, "fork") else [])]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import operator
 import os
 import re
+import shlex
 import signal
 import socket
 import socketserver
@@ -23,6 +25,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import fastserve
+import fastserve.testing
+from fastserve import proxy, stats, systemd
+from fastserve.cli import make_parser
+from fastserve.cli.run import own_arguments
 from support import open_descriptors, serving, settle, talk, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,11 +157,77 @@ def test_relative_links_point_to_files_and_headings_that_exist(page: Path) -> No
         assert not link["anchor"] or link["anchor"] in anchors(target), link[0]
 
 
-def test_the_navigation_lists_every_page() -> None:
+def test_the_navigation_lists_every_page_once_and_so_does_the_front_page() -> None:
     text = (DOCS / "index.md").read_text("utf-8")
-    listed = re.search(r"```\{toctree\}\n(?::\w+:.*\n)*\n(.*?)```", text, flags=re.DOTALL)
-    assert listed
-    assert sorted([*listed[1].split(), "index"]) == sorted(page.stem for page in DOCS.glob("*.md"))
+    groups = re.findall(r"```\{toctree\}\n:hidden:\n:caption: (\w+)\n\n(.*?)```", text, flags=re.DOTALL)
+    listed = [page for _, pages in groups for page in pages.split()]
+    assert sorted([*listed, "index"]) == sorted(page.stem for page in DOCS.glob("*.md"))
+    # The headings of the page are the captions of the navigation, with the same pages under them.
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert [section.partition("\n")[0] for section in sections] == [caption for caption, _ in groups]
+    for section, (caption, pages) in zip(sections, groups, strict=True):
+        assert re.findall(r"\]\((\w+)\.md\)", section) == pages.split(), caption
+
+
+def documented() -> set[str]:
+    """Return the names of which the page Interface has the contract, and those of its table of combinations."""
+    text = (DOCS / "api.md").read_text("utf-8")
+    combinations = text.partition("### Predefined combinations")[2].partition("\n#")[0]
+    directives = re.findall(
+        r"^\.\. (?:auto(?:class|exception|function)|data):: fastserve\.([\w.]+)(?:\(.*)?$", text, re.MULTILINE
+    )
+    assert sorted(directives) == sorted(set(directives))
+    return {*directives, *re.findall(r"`(\w+Server)`", combinations)}
+
+
+def interface() -> Iterator[str]:
+    """Yield what may be imported: the names of the package, and of its modules that users import."""
+    yield from fastserve.__all__
+    for module in (proxy, stats, systemd, fastserve.testing):
+        for name, value in vars(module).items():
+            # Types and functions alone: constants are for the package itself, and the rest are imports.
+            if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__:
+                yield name if name in fastserve.__all__ else f"{module.__name__.partition('.')[2]}.{name}"
+
+
+def test_the_page_interface_has_every_public_name() -> None:
+    assert set(fastserve.__extensions__) <= set(fastserve.__all__)
+    beside = {"proxy.ProxySSL", "streams.Connection", "tasks.Spawned", "patching.Patched", "testing.ServerFactory"}
+    assert documented() == set(interface()) | beside
+
+
+def public_objects() -> Iterator[Any]:
+    """Yield what is documented and has a docstring of its own, with the public methods that each class defines."""
+    for name in sorted(documented()):
+        found = operator.attrgetter(name)(fastserve)
+        if not (isinstance(found, type) or inspect.isfunction(found)):
+            continue
+        yield pytest.param(found, id=name)
+        for attribute, value in vars(found).items():
+            method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if not attribute.startswith("_") and inspect.isfunction(method):
+                yield pytest.param(method, id=f"{name}.{attribute}")
+
+
+@pytest.mark.parametrize("found", [*public_objects()])
+def test_what_is_public_has_a_docstring_of_its_own(found: Any) -> None:
+    assert (vars(found) if isinstance(found, type) else {"__doc__": found.__doc__}).get("__doc__")
+
+
+def test_the_module_map_names_every_file_of_the_package_and_no_other() -> None:
+    text = (DOCS / "design.md").read_text("utf-8").partition("## Module map")[2]
+    named = [
+        name for row in re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    ]
+    assert sorted(named) == sorted(set(named))
+    package = ROOT / "src" / "fastserve"
+    files = {
+        path.relative_to(package).as_posix()
+        for suffix in ("py", "pyx", "pxd", "h")
+        for path in package.rglob(f"*.{suffix}")
+        if "__pycache__" not in path.parts
+    }
+    assert set(named) == (files - {"workers/__init__.py"}) | {"_fastserve_pytest.py"}
 
 
 def code_blocks(only_runnable: bool = False) -> list[object]:
@@ -171,6 +243,26 @@ def code_blocks(only_runnable: bool = False) -> list[object]:
 @pytest.mark.parametrize("code", code_blocks())
 def test_code_in_the_documentation_compiles(code: str) -> None:
     compile(code, "example", "exec")
+
+
+def commands() -> list[object]:
+    """Return the commands of all pages that are ours, each as its words."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["fastserve"]:
+                    found.append(pytest.param(words[1:], id=f"{page.stem}: {' '.join(words)}"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_in_the_documentation_have_arguments_that_there_are(words: list[str]) -> None:
+    # What follows the program that is run is the program's own.
+    own = words[: 1 + own_arguments(words[1:])] if words[0] == "run" else words
+    assert callable(make_parser().parse_args(own).command)
 
 
 @pytest.mark.parametrize("no_extensions", ["0", "1"])

@@ -27,7 +27,7 @@ from fastserve._clock cimport MAX_WAIT, now
 from fastserve._errors cimport error_of
 from fastserve._hooks cimport fs_version_of
 from fastserve._sockets cimport descriptor_of, initialize, new_socket, timeout_of
-from fastserve._streams_py import reduce_connection as _reduce_connection
+from fastserve._streams_py import Connection as _PyConnection, reduce_connection as _reduce_connection
 from fastserve._syscalls cimport MSG_DONTWAIT, POLLIN, fs_poll, fs_recv, fs_send, pollfd
 
 cdef object _plain_socket = _socket_module.socket
@@ -262,6 +262,7 @@ cdef class _Connection:
 
 class Connection(_Connection, _plain_socket):
     __module__ = "fastserve.streams"
+    __doc__ = _PyConnection.__doc__  # not that of the extension class, which it would inherit
     __slots__ = ()
     __new__ = _plain_socket.__new__
 

@@ -262,9 +262,11 @@ class Requests:
     # The life of a request.
 
     def add(self, request: Any) -> None:
+        """Remember a request that is handed on. The loop's thread calls it."""
         self._entries[id(request)] = _Entry(request)
 
     def find(self, request: Any) -> _Entry | None:
+        """Return what is known of a request, ``None`` if nothing is."""
         return self._entries.get(id(request))
 
     def begin_request(self, server: Any, request: Any) -> None:
@@ -291,6 +293,7 @@ class Requests:
         self.drive(server)
 
     def remove(self, request: Any) -> None:
+        """Forget a request, which is closed, and tell who waits for the last one."""
         if self._process != os.getpid():
             self._begin_process()  # a forked child: somebody may have held the lock
         with self.lock:
