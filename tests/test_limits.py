@@ -185,6 +185,14 @@ def test_deadlines_of_requests_that_have_ended_are_not_kept(impl: str) -> None:
         assert server.overdue_requests == 0
 
 
+def test_a_client_that_comes_back_at_once_is_not_one_too_many(impl: str) -> None:
+    for name in ("ThreadingTCPServer", "TCPServer"):
+        with make(name, max_connections_per_client=1) as server, serving(server):
+            for _ in range(200):
+                assert talk(server.server_address, b"line\n") == b"!line\n"
+            assert server.refused_connections == 0
+
+
 def test_nothing_is_counted_that_has_ended(impl: str) -> None:
     with make("ThreadingTCPServer", max_connections_per_client=3, max_connections=5) as server, serving(server):
         for _ in range(50):

@@ -91,10 +91,17 @@ class LimitsMixIn(BeforeServer):
             request.settimeout(self.idle_timeout)
         if self.max_line is not None:
             _lines.limit(request, self.max_line)
-        if self.request_timeout is None:
-            super().finish_request(request, client_address)  # type: ignore[misc]
-            return
-        deadline = deadlines.add(self.request_timeout, request, self)
+        try:
+            if self.request_timeout is None:
+                super().finish_request(request, client_address)  # type: ignore[misc]
+            else:
+                self._finish_in_time(request, client_address, self.request_timeout)
+        finally:
+            # Before the client sees the end: it may be back at once, and is not to be one too many then.
+            _limits_of(self).end(request)
+
+    def _finish_in_time(self, request: Any, client_address: Any, seconds: float) -> None:
+        deadline = deadlines.add(seconds, request, self)
         try:
             super().finish_request(request, client_address)  # type: ignore[misc]
         except OSError as error:
@@ -114,7 +121,7 @@ class LimitsMixIn(BeforeServer):
             super().handle_error(request, client_address)  # type: ignore[misc]
 
     def close_request(self, request: Any) -> None:
-        """Close a connection, and count it no longer."""
+        """Close a connection, and count it no longer, also if no handler had it."""
         try:
             super().close_request(request)  # type: ignore[misc]
         finally:
