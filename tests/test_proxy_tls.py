@@ -27,7 +27,7 @@ pytest.importorskip("trustme")
 
 from test_proxy_servers import ADDRESS, FORKING, WORKERS, Failures, class_of, rest_of  # noqa: E402
 from test_proxy_servers import Tell as Plain  # noqa: E402
-from tls_support import NAME, client_context, end, server_context, wrapped  # noqa: E402
+from tls_support import NAME, client_context, end, forking, server_context, wrapped  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -318,7 +318,8 @@ def test_the_header_comes_before_the_handshake_of_the_mix_in_too(any_worker: str
     with server, serving(server):
         for _ in range(2):
             with plain_client(server) as plain:
-                plain.sendall(V1)
+                with forking(server):
+                    plain.sendall(V1)
                 with context.wrap_socket(plain, server_hostname=NAME) as connection:
                     connection.sendall(b"hello\n")
                     with connection.makefile("rb") as lines:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
+import socketserver
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 import trustme
 from cryptography import x509
 
-from support import LIMIT
+from support import LIMIT, wait_until
 
 NAME = "server.test"
 
@@ -108,6 +110,20 @@ def is_ended(client: socket.socket) -> bool:
         while client.recv(65536):
             pass
     return True
+
+
+@contextlib.contextmanager
+def forking(server: Any) -> Iterator[None]:
+    """Wait at the end of the block until a forking server has forked for the client that connects in it.
+
+    A child has whatever locks of OpenSSL another thread holds at the fork, for good: a client in the same process
+    begins its handshake afterwards.
+    """
+    forks = hasattr(os, "fork") and isinstance(server, socketserver.ForkingMixIn)
+    before = set(server.active_children or ()) if forks else set()
+    yield
+    if forks:
+        wait_until(lambda: set(server.active_children or ()) - before)
 
 
 @contextlib.contextmanager
