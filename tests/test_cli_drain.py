@@ -67,13 +67,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["", "1"], ids=["c", "py"])
-def start(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture
+def start() -> Any:
     @contextlib.contextmanager
     def start(target: str, worker: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         arguments = [f"handlers:{target}", "--bind", "127.0.0.1:0", "--worker", worker, *options]
-        environment = {"FASTSERVE_NO_EXTENSIONS": request.param} if request.param else {}
-        with started("serve", *arguments, **environment) as server:
+        with started("serve", *arguments) as server:
             yield server, address_of(server)
 
     return start

@@ -317,14 +317,15 @@ def test_the_header_comes_before_the_handshake_of_the_mix_in_too(any_worker: str
     context = client_context()  # made here, so that no server forks meanwhile
     with server, serving(server):
         for _ in range(2):
-            with plain_client(server) as plain:
+            with contextlib.ExitStack() as opened:
                 with forking(server):
+                    plain = opened.enter_context(plain_client(server))
                     plain.sendall(V1)
-                with context.wrap_socket(plain, server_hostname=NAME) as connection:
-                    connection.sendall(b"hello\n")
-                    with connection.makefile("rb") as lines:
-                        answer = json.loads(lines.readline())
-                    end(connection)  # a forked child has a copy of the client's end
+                connection = opened.enter_context(context.wrap_socket(plain, server_hostname=NAME))
+                connection.sendall(b"hello\n")
+                with connection.makefile("rb") as lines:
+                    answer = json.loads(lines.readline())
+                end(connection)  # a forked child has a copy of the client's end
             assert tuple(answer["client"]) == V1_CLIENT and answer["same"] and answer["tls"].startswith("TLS")
         with plain_client(server) as plain:
             plain.sendall(b"no header at all, and more than enough to see that")
