@@ -79,11 +79,12 @@ ONE_PYTHON_TWIN = ("test_prefork.py", "test_drain.py", "test_stats.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the Python twin where there is the C core beside it."""
+    """Mark the tests of the Python twin."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec and not NO_EXTENSIONS and "py" in (callspec.params.get("impl"), callspec.params.get("module")):
-            item.add_marker(pytest.mark.python_twin)
+        if callspec and "py" in (callspec.params.get("impl"), callspec.params.get("module")):
+            if not NO_EXTENSIONS:
+                item.add_marker(pytest.mark.python_twin)
             if item.path.name in ONE_PYTHON_TWIN:
                 item.add_marker(pytest.mark.once)
 
