@@ -77,6 +77,19 @@ def serving(server: Any, poll_interval: float = 0.5) -> Iterator[Any]:
         raise failed[0]
 
 
+def noting_reports(server: Any) -> Any:
+    """Have a server note in ``reports`` the clients whose handlers' errors it reports; return it."""
+    server.reports = []
+    handle_error = server.handle_error
+
+    def report(request: Any, client_address: Any) -> None:
+        server.reports.append(client_address)
+        handle_error(request, client_address)
+
+    server.handle_error = report
+    return server
+
+
 def talk(address: Any, sent: bytes, family: int = socket.AF_INET, timeout: float = LIMIT) -> bytes:
     """Connect, send, end the sending side, and return all that the server answers."""
     with socket.socket(family, socket.SOCK_STREAM) as client:

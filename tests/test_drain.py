@@ -21,7 +21,7 @@ import pytest
 
 import fastserve
 from fastserve import draining
-from support import LIMIT, open_descriptors, wait_until
+from support import LIMIT, noting_reports, open_descriptors, wait_until
 
 needs_greenlet = pytest.mark.skipif(importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed")
 
@@ -64,16 +64,8 @@ def make(
     model: str, handler: Any = Kept, kind: str = "TCPServer", address: Any = ("127.0.0.1", 0), **attributes: Any
 ) -> Any:
     base = getattr(fastserve, model + kind)
-    attributes = {"request_queue_size": 64, "reports": [], **attributes}
-    server = type("Server", (fastserve.DrainMixIn, base), attributes)(address, handler)
-    handle_error = server.handle_error
-
-    def report(request: Any, client_address: Any) -> None:
-        server.reports.append(client_address)
-        handle_error(request, client_address)
-
-    server.handle_error = report
-    return server
+    attributes = {"request_queue_size": 64, **attributes}
+    return noting_reports(type("Server", (fastserve.DrainMixIn, base), attributes)(address, handler))
 
 
 @contextlib.contextmanager

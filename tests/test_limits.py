@@ -15,7 +15,7 @@ import pytest
 
 import fastserve
 from fastserve import limits
-from support import LIMIT, open_descriptors, serving, talk, wait_until
+from support import LIMIT, noting_reports, open_descriptors, serving, talk, wait_until
 
 MODELS = ["ThreadingTCPServer", "ThreadPoolTCPServer"]
 if importlib.util.find_spec("greenlet") is not None:
@@ -42,16 +42,8 @@ class Handler(fastserve.StreamRequestHandler):
 
 def make(name: str, **attributes: Any) -> Any:
     base = getattr(fastserve, name)
-    attributes = {"request_queue_size": 64, "max_workers": 50, "reports": [], **attributes}
-    server = type("Server", (fastserve.LimitsMixIn, base), attributes)(("127.0.0.1", 0), Handler)
-    handle_error = server.handle_error
-
-    def report(request: Any, client_address: Any) -> None:
-        server.reports.append(client_address)
-        handle_error(request, client_address)
-
-    server.handle_error = report
-    return server
+    attributes = {"request_queue_size": 64, "max_workers": 50, **attributes}
+    return noting_reports(type("Server", (fastserve.LimitsMixIn, base), attributes)(("127.0.0.1", 0), Handler))
 
 
 def connect(server: Any, host: str = "127.0.0.1") -> socket.socket:
