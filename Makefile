@@ -1,5 +1,5 @@
 # make run    build fastserve and serve this directory with the standard library's http.server on top of it
-# make test   build it and run all tests
+# make test   build it and run all tests; make build only prepares for that
 # make bench  measure it beside other servers, and write the results, the page Performance and the README's figures
 # make bench-quick  measure the most important of it in under 3 minutes
 # make lint   check the code; make docs builds the documentation as HTML in docs/_build/html
@@ -49,13 +49,15 @@ asan_flags := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefine
 SECONDS ?= 60
 soaks := sync connections threadpool fork greenlets datagrams mixed
 
-.PHONY: run test lint bench bench-quick bench-servers docs sdist wheel test-wheel asan soak clean
+.PHONY: run build test lint bench bench-quick bench-servers docs sdist wheel test-wheel asan soak clean
 
 # Unbuffered, so that the address is there at once, also in a pipe.
 run: $(built)
 	PYTHONUNBUFFERED=1 $(VENV)/bin/fastserve run -m http.server $(PORT)
 
-test: $(built) $(test_tools)
+build: $(built) $(test_tools)
+
+test: build
 	$(VENV)/bin/python -m pytest
 
 bench: $(built) $(bench_tools) bench-servers

@@ -51,7 +51,12 @@ class Child:
     def end(self) -> str:
         """Wait for its end, and return what it still prints; status and standard error must be clean."""
         assert self.process.stdout is not None
-        status = self.process.wait(TIME_LIMIT)
+        try:
+            status = self.process.wait(TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler tells where its threads are
+            self.process.wait(TIME_LIMIT)
+            raise AssertionError(f"it has not ended:\n{self.errors()}") from None
         assert status == 0, self.errors()
         assert "Traceback" not in self.errors() and "Warning" not in self.errors(), self.errors()
         return self.process.stdout.read()
@@ -76,7 +81,7 @@ def child(
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-u", *filters, *arguments],
+            [sys.executable, "-u", "-X", "faulthandler", *filters, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -659,6 +659,7 @@ def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path
     with started("serve", "handlers:Sleeping", "--bind", "127.0.0.1:0", "--worker", "greenlet") as server:
         with connect(address_of(server)) as client:
             assert client.recv(100) == b"asleep"
+            time.sleep(0.2)  # until it is: Python's own sleep() is not ended by a signal that comes just before it
             server.send_signal(signum)
             assert server.wait(QUICK) == 0
             assert "Traceback" not in server.stderr.read()
