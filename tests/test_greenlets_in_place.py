@@ -63,7 +63,11 @@ def test_what_the_stdlib_promises_holds_with_greenlets() -> None:
         text=True,
         timeout=280,
         cwd=TESTS.parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(fastserve.__file__).parent.parent), str(TESTS)])},
+        env={
+            **os.environ,
+            "PYTEST_ADDOPTS": "",
+            "PYTHONPATH": os.pathsep.join([str(Path(fastserve.__file__).parent.parent), str(TESTS)]),
+        },
     )
     found = re.search(r"(\d+) passed", result.stdout)
     assert result.returncode == 0 and found and int(found[1]) > 300, result.stdout
