@@ -75,7 +75,7 @@ bench-servers:
 docs: $(built) $(docs_tools)
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-lint: $(built)
+lint: build
 	$(VENV)/bin/python -m pip install --quiet cython-lint mypy pycodestyle ruff
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
