@@ -33,7 +33,10 @@ TWINS: dict[str, dict[str, ModuleType | None]] = {
     "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None, "turns": None}
 }
 if not NO_EXTENSIONS:
-    TWINS["c"] = {name: importlib.import_module(f"fastserve._{name}") for name in TWINS["py"]}
+    TWINS["c"] = {
+        name: None if name == "turns" and _backend.FREE_THREADED else importlib.import_module(f"fastserve._{name}")
+        for name in TWINS["py"]
+    }
 
 
 TASKS = "/proc/self/task"  # the threads that the kernel knows, on Linux

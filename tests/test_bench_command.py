@@ -23,6 +23,8 @@ from fastserve.bench.report import Report, Row
 from fastserve.cli import make_parser
 from support import wait_until
 
+pytestmark = pytest.mark.once
+
 EXAMPLE = str(Path(__file__).parent.parent / "examples" / "echo_handlers.py")
 ROUNDS = 3
 QUICK = ("--duration", "0.3", "--connections", "3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib.util
 import json
@@ -151,13 +150,18 @@ def test_workers_answer_and_sigterm_ends_all(impl: str, name: str, tmp_path: Pat
 def test_a_hundred_connections_are_spread(impl: str, name: str, tmp_path: Path) -> None:
     if name == "TCPServer":
         pytest.skip("a server without worker mix-in has one connection at a time")
-    with program(tmp_path, impl, name, max_workers=100, max_children=100) as server, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()) for _ in range(100)]
-        answers = collections.Counter(exchange(client, "pid") for client in clients)
+    with program(tmp_path, impl, name, max_workers=100, max_children=100) as server:
+
+        def answers() -> set[int]:
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(server.connect()) for _ in range(100)]
+                return {int(exchange(client, "pid")) for client in clients}
+
         if name == "ForkingTCPServer":
-            assert len(answers) == 100  # each from a child of a worker
+            assert len(answers()) == 100  # each from a child of a worker
         else:
-            assert {int(pid) for pid in answers} == set(server.workers())
+            # On a busy machine one of them may not get a processor in the few milliseconds that a hundred take.
+            wait_until(lambda: answers() == set(server.workers()))
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_left_of_it(impl: str, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The choice between the C extensions and their Python twins. No other module makes it.
 
 ``core``, ``streams`` and ``datagrams`` are the modules in use, and ``implementation`` is their name, ``"c"`` or
-``"py"``. ``threads`` and ``turns`` are ``None`` without the extensions: they have no twin. The extensions are used on
-CPython wherever they were built; ``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An
-extension that is there but does not load raises: it is never replaced silently. A subinterpreter uses the Python twins.
+``"py"``. ``threads`` and ``turns`` are ``None`` without the extensions: they have no twin, and a free-threaded Python
+has no ``turns`` with them either. The extensions are used on CPython wherever they were built;
+``FASTSERVE_NO_EXTENSIONS=1`` in the environment selects the Python twins. An extension that is there but does not load
+raises: it is never replaced silently. A subinterpreter uses the Python twins.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from fastserve import _core_py, _datagrams_py, _green_py, _streams_py
 
 EXTENSION: Final = "fastserve._core"
+
+FREE_THREADED: Final = "t" in getattr(sys, "abiflags", "")  # whether this is a build that can do without the GIL
 
 
 def refused() -> bool:
@@ -63,9 +66,11 @@ if TYPE_CHECKING:
     streams = _streams_py
     datagrams = _datagrams_py
 elif _is_built():
-    core, streams, datagrams, threads, turns = (
-        importlib.import_module(f"fastserve._{name}") for name in ("core", "streams", "datagrams", "threads", "turns")
+    core, streams, datagrams, threads = (
+        importlib.import_module(f"fastserve._{name}") for name in ("core", "streams", "datagrams", "threads")
     )
+    if not FREE_THREADED:
+        turns = importlib.import_module("fastserve._turns")
 else:
     core, streams, datagrams = _core_py, _streams_py, _datagrams_py
 

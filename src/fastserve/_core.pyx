@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
 """The C twin of the core: epoll, poll, select, wake-up and accept without the GIL.
 
 Its contract and its types are those of ``_core_py``; the docstrings here say only what is particular to C.
@@ -6,6 +6,7 @@ Its contract and its types are those of ``_core_py``; the docstrings here say on
 
 import socket as _socket_module
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENOENT, EPERM
 from libc.math cimport ceil
@@ -218,7 +219,7 @@ cdef class SelectPoller:
 
 
 cdef class Wakeup:
-    """An eventfd(2), or a socket pair. The GIL, held throughout, makes ``set`` and ``close`` exclude each other."""
+    """An eventfd(2), or a socket pair. ``set`` and ``close`` exclude each other, by the GIL or without it."""
 
     cdef int _reader, _writer  # the same descriptor if it is an eventfd
 
@@ -247,10 +248,9 @@ cdef class Wakeup:
     def set(self):
         cdef uint64_t one = 1
         cdef int result
-        if self._writer < 0:
-            return
         while True:
-            result = fs_write(self._writer, &one, sizeof(one))
+            with cython.critical_section(self):
+                result = 0 if self._writer < 0 else fs_write(self._writer, &one, sizeof(one))
             if result >= 0 or result == -EAGAIN:
                 return  # full means readable already
             _interrupted(result)
@@ -268,9 +268,11 @@ cdef class Wakeup:
                 return  # an eventfd is emptied by one read; so is a stream by a short one
 
     cpdef close(self):
-        cdef int reader = self._reader
-        cdef int writer = self._writer
-        self._reader = self._writer = -1
+        cdef int reader, writer
+        with cython.critical_section(self):
+            reader = self._reader
+            writer = self._writer
+            self._reader = self._writer = -1
         if reader >= 0:
             close_descriptor(reader)
         if writer >= 0 and writer != reader:

@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
 """The C twin of the datagrams: recvmmsg(2), sendmmsg(2), and the turns of a loop over a batch.
 
 Its contract and its types are those of ``_datagrams_py``; the docstrings here say only what is particular to C.
@@ -8,6 +8,7 @@ import os as _os
 
 import _socket
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals
@@ -222,7 +223,9 @@ cdef class Turns:
         for name, function in self._own.items():
             if _PyType_Lookup(cls, name) != <PyObject *>function:
                 self._class_overrides = True
-        self._class_has_flag = _PyType_Lookup(cls, FLAG) == <PyObject *>self._flag
+        self._class_has_flag = (
+            fs_finds_attributes_plainly(server) and _PyType_Lookup(cls, FLAG) == <PyObject *>self._flag
+        )
         self._version = fs_version_of(cls)
         self._class = cls
         return 0
@@ -319,7 +322,7 @@ cdef class Turns:
 
 cdef inline bint _is_own(object server, str name, PyObject *function) except -1:
     """Return whether the method of that name is this function at this moment."""
-    if _PyType_Lookup(fs_type_of(server), name) != function or not fs_finds_attributes_plainly(server):
+    if not fs_finds_attributes_plainly(server) or _PyType_Lookup(fs_type_of(server), name) != function:
         return False
     return name not in <dict>PyObject_GenericGetDict(server, NULL)
 
@@ -360,8 +363,9 @@ cdef class Gatherer:
         memset(self._messages, 0, sizeof(self._messages))
 
     def begin(self):
-        if self._thread == 0:
-            self._thread = PyThread_get_thread_ident()
+        with cython.critical_section(self):  # of two loops of a server one gathers
+            if self._thread == 0:
+                self._thread = PyThread_get_thread_ident()
 
     def end(self):
         if self._thread != PyThread_get_thread_ident():

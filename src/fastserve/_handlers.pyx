@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
 """How the turns over datagrams make a handler and have it handle a request."""
 
 from io import BytesIO as _BytesIO

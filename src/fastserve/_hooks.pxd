@@ -11,12 +11,20 @@ cdef extern from "Python.h":
 
 cdef extern from *:
     """
+    /* What these ask for is done through references that are borrowed from classes and dictionaries. Without the GIL
+       another thread may take away what was looked at: there nothing is plain, and every method is called. */
+    #ifdef Py_GIL_DISABLED
+    #define FS_LOOKS_INTO_CLASSES 0
+    #else
+    #define FS_LOOKS_INTO_CLASSES 1
+    #endif
     #define fs_new_object(cls) (PyBaseObject_Type.tp_new((PyTypeObject *)(cls), fs_no_arguments, NULL))
-    #define fs_makes_plain_objects(cls) (Py_TYPE(cls) == &PyType_Type \
+    #define fs_makes_plain_objects(cls) (FS_LOOKS_INTO_CLASSES && Py_TYPE(cls) == &PyType_Type \
         && ((PyTypeObject *)(cls))->tp_new == PyBaseObject_Type.tp_new)
-    #define fs_finds_attributes_plainly(object) (Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
-    #define fs_has_plain_attributes(cls) \
-        ((cls)->tp_getattro == PyObject_GenericGetAttr && (cls)->tp_setattro == PyObject_GenericSetAttr)
+    #define fs_finds_attributes_plainly(object) \
+        (FS_LOOKS_INTO_CLASSES && Py_TYPE(object)->tp_getattro == PyObject_GenericGetAttr)
+    #define fs_has_plain_attributes(cls) (FS_LOOKS_INTO_CLASSES \
+        && (cls)->tp_getattro == PyObject_GenericGetAttr && (cls)->tp_setattro == PyObject_GenericSetAttr)
     /* Another number after each change of a class or its bases, 0 until the next look-up; what CPython itself
        compares before it takes a method that it has found before. */
     #define fs_version_of(cls) ((cls)->tp_version_tag)

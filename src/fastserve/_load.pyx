@@ -1,4 +1,5 @@
-# cython: language_level=3, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
+# cython: boundscheck=False, wraparound=False, cdivision=True
 """A load generator for servers on this machine: one thread, epoll(7), no Python while it runs. Linux only.
 
 It is meant to be cheap enough never to be what is measured; each result says which share of a core it used. All

@@ -1,4 +1,4 @@
-# Locks and threads of the interpreter, which need no GIL.
+# Locks and threads of the interpreter, and flags that several threads read and write. None of them needs the GIL.
 
 cdef extern from "Python.h" nogil:
     ctypedef void *PyThread_type_lock
@@ -19,3 +19,17 @@ cdef extern from "Python.h" nogil:
     size_t PyThread_get_stacksize()
     unsigned long PyThread_get_thread_ident()
     unsigned long PyThread_get_thread_native_id()
+
+cdef extern from *:
+    """
+    /* What a thread has written before it sets a flag is seen by who finds the flag set. */
+    static inline int fs_is_set(const int *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
+    static inline void fs_set_flag(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELEASE); }
+    static inline void fs_clear_flag(int *flag) { __atomic_store_n(flag, 0, __ATOMIC_RELEASE); }
+    /* Set a flag, and return whether it was set already. */
+    static inline int fs_test_and_set(int *flag) { return __atomic_exchange_n(flag, 1, __ATOMIC_ACQ_REL); }
+    """
+    bint fs_is_set(const int *) nogil
+    void fs_set_flag(int *) nogil
+    void fs_clear_flag(int *) nogil
+    bint fs_test_and_set(int *) nogil

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """What a socket object knows, and how one is made.
 
 ``socket.socket`` asks the kernel for the name of each socket that it is given, to see whether it is one; and each

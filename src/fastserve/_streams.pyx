@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
 """The C twin of the streams. Its contract and its types are those of ``_streams_py``.
 
 What is a ``socket.socket``, a ``socket.SocketIO`` or the stdlib's ``_SocketWriter`` there is one here as well: each

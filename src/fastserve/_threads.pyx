@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
 """Threads of the operating system that are used again, each time with a new Python thread state.
 
 An operating-system thread that has ended a job waits here, in C and without a Python thread state, for the next one
@@ -6,7 +6,8 @@ and ends after a while without any. Every job gets a state of its own, made by `
 ``PyGILState_Release``: no ``threading.local``, context or trace function of one job is ever seen by another. Keeping
 the state and clearing its dictionary would be cheaper and leaks on Python 3.13.
 
-All structures here are guarded by one lock, held for a few instructions and never while waiting for the GIL.
+What all threads share is guarded by one lock, held for a few instructions and never while waiting for the GIL; what
+belongs to one object by a flag or a critical section of its own, which a Python with the GIL does not need.
 """
 
 import sys as _sys
@@ -15,6 +16,7 @@ from collections import deque as _deque
 from os import register_at_fork as _register_at_fork
 from queue import Empty as _Empty
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdlib cimport calloc, free
@@ -24,7 +26,7 @@ from fastserve._locks cimport (
     NOWAIT_LOCK, PY_LOCK_ACQUIRED, PY_LOCK_FAILURE, PY_LOCK_INTR, PYTHREAD_INVALID_THREAD_ID, PyLockStatus,
     PyThread_acquire_lock, PyThread_acquire_lock_timed, PyThread_allocate_lock, PyThread_free_lock,
     PyThread_get_stacksize, PyThread_get_thread_ident, PyThread_get_thread_native_id, PyThread_release_lock,
-    PyThread_start_new_thread, PyThread_type_lock, WAIT_LOCK,
+    PyThread_start_new_thread, PyThread_type_lock, WAIT_LOCK, fs_clear_flag, fs_is_set, fs_set_flag, fs_test_and_set,
 )
 
 cdef extern from "_stacks.h":
@@ -40,7 +42,7 @@ cdef bint HAS_OS_NAME = hasattr(_threading.Thread, "_set_os_name")
 cdef struct Completion:
     # The end of a job: whoever joins it has a reference, and so has the thread that runs it.
     int references
-    bint done
+    int done  # a flag
     bint daemon
     unsigned long ident
     unsigned long generation
@@ -98,7 +100,7 @@ cdef Completion *new_completion(bint daemon) except NULL:
 
 cdef inline bint is_done(Completion *completion) noexcept nogil:
     """Return whether a job has ended, or was one of a thread that a forked child does not have."""
-    return completion.done or completion.generation != generation
+    return fs_is_set(&completion.done) or completion.generation != generation
 
 
 cdef void let_go(Completion *completion) noexcept nogil:
@@ -145,7 +147,7 @@ cdef void finish(Completion *completion) noexcept nogil:
     enter()
     if completion.generation == generation:
         take_off(completion)
-    completion.done = True
+    fs_set_flag(&completion.done)
     if completion.joined != NULL:
         PyThread_release_lock(completion.joined)
     leave()
@@ -186,7 +188,8 @@ cdef void run(Worker *worker) noexcept with gil:
     cdef Job job = <Job>worker.job
     Py_DECREF(job)
     worker.job = NULL
-    job._native_id = worker.native_id
+    if job._native_id is None:  # the first one: the thread could not tell it before
+        job._native_id = worker.native_id
     job.bootstrap()
     job = None
 
@@ -232,12 +235,13 @@ cdef void take_idle(Worker *worker) noexcept nogil:
 
 
 cdef void main(void *argument) noexcept nogil:
-    """The whole life of a thread."""
+    """The whole life of a thread, which begins and goes on with waiting for a job."""
     global workers
     cdef Worker *worker = <Worker *>argument
     cdef Completion *completion
     worker.native_id = PyThread_get_thread_native_id()
-    while True:
+    PyThread_acquire_lock(worker.wakeup, WAIT_LOCK)
+    while worker.job != NULL:
         completion = worker.completion
         run(worker)
         finish(completion)
@@ -281,6 +285,22 @@ cdef Worker *new_worker() except NULL:
     return worker
 
 
+cdef Worker *start_worker() except NULL:
+    """Return a new thread, which waits for its job."""
+    global workers
+    cdef Worker *worker = new_worker()
+    cdef unsigned long ident = PyThread_start_new_thread(main, worker)
+    if ident == PYTHREAD_INVALID_THREAD_ID:
+        PyThread_free_lock(worker.wakeup)
+        free(worker)
+        raise RuntimeError("can't start new thread")
+    worker.ident = ident
+    enter()
+    workers += 1
+    leave()
+    return worker
+
+
 cdef int notice_stack_size() except -1:
     """Have no job run in a thread whose stack is of another size than threads have that are started now."""
     global stack_size
@@ -315,7 +335,7 @@ cdef class Job:
 
     cdef Completion *completion
     cdef object target, args, name_, target_name
-    cdef bint started
+    cdef int started  # a flag
     cdef readonly bint has_begun  # whether its thread runs it, or has; a Thread's start() waits for that, this one not
     cdef public object _ident, _native_id
     cdef public bint _daemonic
@@ -339,14 +359,16 @@ cdef class Job:
 
     @property
     def _name(self):
-        if type(self.name_) is int:
-            name = f"Thread-{self.name_}"
-            self.name_ = name if self.target_name is None else f"{name} ({self.target_name})"
-        return self.name_
+        with cython.critical_section(self):
+            if type(self.name_) is int:
+                name = f"Thread-{self.name_}"
+                self.name_ = name if self.target_name is None else f"{name} ({self.target_name})"
+            return self.name_
 
     @_name.setter
     def _name(self, name):
-        self.name_ = name
+        with cython.critical_section(self):
+            self.name_ = name
 
     @property
     def _is_stopped(self):
@@ -358,15 +380,22 @@ cdef class Job:
         :raises RuntimeError: if it was started before, or if no thread can be started.
         """
         cdef Worker *worker
-        if self.started:
+        if fs_test_and_set(&self.started):
             raise RuntimeError("threads can only be started once")
-        notice_stack_size()
-        worker = pop_idle()
-        if worker == NULL:
-            self.start_new()
-            return
         try:
-            self._native_id = worker.native_id
+            notice_stack_size()
+            worker = pop_idle()
+            if worker == NULL:
+                worker = start_worker()
+            else:
+                self._native_id = worker.native_id
+            self.hand_to(worker)
+        except BaseException:
+            fs_clear_flag(&self.started)
+            raise
+
+    cdef int hand_to(self, Worker *worker) except -1:
+        try:
             self._ident = worker.ident
             _threading._active[self._ident] = self
         except BaseException:
@@ -374,7 +403,6 @@ cdef class Job:
             PyThread_release_lock(worker.wakeup)  # without a job it ends
             leave()
             raise
-        self.started = True
         begin(self.completion, worker.ident)
         Py_INCREF(self)
         worker.job = <PyObject *>self
@@ -382,33 +410,6 @@ cdef class Job:
         # The kernel may switch to a thread that is woken, and this one would find the GIL held.
         with nogil:
             PyThread_release_lock(worker.wakeup)
-
-    cdef int start_new(self) except -1:
-        global workers
-        cdef Worker *worker = new_worker()
-        cdef unsigned long ident
-        Py_INCREF(self)
-        worker.job = <PyObject *>self
-        worker.completion = self.completion
-        begin(self.completion, 0)
-        ident = PyThread_start_new_thread(main, worker)
-        if ident == PYTHREAD_INVALID_THREAD_ID:
-            enter()
-            take_off(self.completion)
-            leave()
-            let_go(self.completion)
-            Py_DECREF(self)
-            PyThread_free_lock(worker.wakeup)
-            free(worker)
-            raise RuntimeError("can't start new thread")
-        # The new thread waits for the GIL before it does anything that the user could see.
-        enter()
-        workers += 1
-        self.completion.ident = worker.ident = ident
-        leave()
-        self.started = True
-        self._ident = ident
-        _threading._active[ident] = self
         return 0
 
     cdef int bootstrap(self) except? -1:
@@ -433,14 +434,14 @@ cdef class Job:
 
     def is_alive(self):
         """Return whether the job was started and has not ended."""
-        return self.started and not is_done(self.completion)
+        return fs_is_set(&self.started) and not is_done(self.completion)
 
     def join(self, timeout=None):
         """Wait until the job has ended, at most ``timeout`` seconds (``None``: endless).
 
         :raises RuntimeError: in the thread of the job itself, and before it was started.
         """
-        if not self.started:
+        if not fs_is_set(&self.started):
             raise RuntimeError("cannot join thread before it is started")
         if self is _threading.current_thread():
             raise RuntimeError("cannot join current thread")
@@ -448,7 +449,7 @@ cdef class Job:
 
     def mark_stopped(self):
         """Have it count as ended: in a forked child, where its thread does not exist."""
-        self.completion.done = True
+        fs_set_flag(&self.completion.done)
 
 
 def end_idle():
@@ -509,7 +510,7 @@ cdef class WorkQueue:
     At most one thread is on its way from being woken to having the GIL. When it has taken its item, and there are
     more, it wakes the next. So a thread that is free in the meantime takes several items of a burst, and every item
     still finds a thread while there is an idle one. ``SimpleQueue`` wakes another one in vain after each item. The last
-    thread to wait is the first to be woken. All fields are guarded by the GIL.
+    thread to wait is the first to be woken. The GIL guards all fields, or the critical section of the object.
     """
 
     cdef object items
@@ -531,8 +532,9 @@ cdef class WorkQueue:
 
     def put(self, item):
         """Add an item, and wake a thread that waits for one. It never waits."""
-        self.items.append(item)
-        self.wake_one()
+        with cython.critical_section(self):
+            self.items.append(item)
+            self.wake_one()
 
     cdef void wake_one(self) noexcept:
         """Wake a thread, if one waits and none is on its way already: that one wakes the next if there is more."""
@@ -547,26 +549,29 @@ cdef class WorkQueue:
 
         No signal handler runs while it waits: it is not for the main thread.
         """
-        cdef Waiter *waiter
-        while not self.items:
-            if not block:
-                raise _Empty
-            waiter = self.spare
-            if waiter == NULL:
-                waiter = new_waiter()
-            else:
-                self.spare = waiter.next
-            waiter.next = self.waiting
-            self.waiting = waiter
+        cdef Waiter *waiter = NULL
+        while True:
+            with cython.critical_section(self):
+                if waiter != NULL:  # it was woken
+                    waiter.next = self.spare
+                    self.spare = waiter
+                    self.is_coming = False
+                if self.items:
+                    item = self.items.popleft()
+                    if self.items:
+                        self.wake_one()
+                    return item
+                if not block:
+                    raise _Empty
+                waiter = self.spare
+                if waiter == NULL:
+                    waiter = new_waiter()
+                else:
+                    self.spare = waiter.next
+                waiter.next = self.waiting
+                self.waiting = waiter
             with nogil:
                 PyThread_acquire_lock(waiter.wakeup, WAIT_LOCK)
-            waiter.next = self.spare
-            self.spare = waiter
-            self.is_coming = False
-        item = self.items.popleft()
-        if self.items:
-            self.wake_one()
-        return item
 
     def get_nowait(self):
         """Remove and return the oldest item; raise :class:`queue.Empty` if there is none."""
