@@ -24,7 +24,7 @@ endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-sources := pyproject.toml setup.py $(wildcard src/fastserve/*.pyx src/fastserve/*.pxd src/fastserve/*.h)
+sources := pyproject.toml setup.py build_backend.py $(wildcard src/fastserve/*.pyx src/fastserve/*.pxd src/fastserve/*.h)
 built := $(VENV)/.built-$(implementation)
 test_tools := $(VENV)/.test-tools
 bench_tools := $(VENV)/.bench-tools
@@ -32,6 +32,8 @@ docs_tools := $(VENV)/.docs-tools
 
 
 build_tools := $(VENV)/.build-tools
+# Some of it cannot be installed for a free-threaded Python.
+test_extra = test$(shell $(VENV)/bin/python -c "import sys; print('-free-threaded' * ('t' in sys.abiflags))")
 version := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/fastserve/_version.py)
 sdist := dist/fastserve-$(version).tar.gz
 # What a wheel may lack something for: the classes, the twins, the commands, the plugin and the types.
@@ -129,7 +131,7 @@ $(built): $(VENV)/bin/python $(sources)
 	touch $@
 
 $(test_tools): $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[$(test_extra)]"
 	touch $@
 
 $(bench_tools): $(VENV)/bin/python pyproject.toml

@@ -8,19 +8,14 @@ import glob
 import importlib.util
 import os
 import sys
-import sysconfig
 
+from build_backend import FREE_THREADED, has_extensions, has_greenlets
 from setuptools import Extension, setup
-
-# The core needs POSIX sockets, and it is written for CPython's C API.
-SUPPORTED = os.name == "posix" and sys.implementation.name == "cpython"
-HAS_GIL = not sysconfig.get_config_var("Py_GIL_DISABLED")
-REFUSED = os.environ.get("FASTSERVE_NO_EXTENSIONS", "") not in ("", "0")
 
 
 def extensions() -> list[Extension]:
     """Return the extension modules to build: none where they are refused or not supported."""
-    if REFUSED or not SUPPORTED:
+    if not has_extensions():
         return []
     # Imported here so that the pure-Python build does not need Cython.
     from Cython.Build import cythonize
@@ -36,13 +31,12 @@ def extensions() -> list[Extension]:
             link_options += ["-Wl,-z,noseparate-code"]  # pages of zeros between code and data
     names = ["_sockets", "_core", "_streams", "_datagrams", "_handlers", "_threads"]
     # It looks into classes that other threads may change, which the GIL alone makes safe; nor are there greenlets.
-    if HAS_GIL:
+    if not FREE_THREADED:
         names.append("_turns")
     if sys.platform == "linux":  # the only system that the load generator of the benchmarks knows
         names.append("_load")
     includes = []
-    # The hub waits with epoll; elsewhere, and where there is no greenlet to build with, its Python twin serves.
-    if sys.platform == "linux" and HAS_GIL and importlib.util.find_spec("greenlet") is not None:
+    if has_greenlets() and importlib.util.find_spec("greenlet") is not None:
         names += ["_hub", "_green"]
         includes.append(os.path.dirname(importlib.import_module("greenlet").__file__ or ""))
     modules: list[Extension] = cythonize(

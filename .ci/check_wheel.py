@@ -20,6 +20,8 @@ EXTENSIONS = {"_core", "_datagrams", "_handlers", "_sockets", "_streams", "_thre
 EXTENSIONS_ON_LINUX = EXTENSIONS | {"_load"}
 # They are built where there is a greenlet to build with.
 OPTIONAL_ON_LINUX = {"_green", "_hub"}
+# They need the GIL.
+NOT_FREE_THREADED = {"_green", "_hub", "_turns"}
 
 
 def has_symbol_table(module: bytes) -> bool | None:
@@ -61,6 +63,8 @@ def faults(path: str) -> Iterator[str]:
         needed, allowed = EXTENSIONS_ON_LINUX, EXTENSIONS_ON_LINUX | OPTIONAL_ON_LINUX
     else:
         needed = allowed = EXTENSIONS
+    if abi.startswith("cp") and abi.endswith("t"):
+        needed, allowed = needed - NOT_FREE_THREADED, allowed - NOT_FREE_THREADED
     if not needed <= built <= allowed:
         yield f"its extension modules are {sorted(built)}, not {sorted(needed)}"
     allowance = 1 if platform.endswith("x86_64") else 2

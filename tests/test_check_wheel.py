@@ -94,6 +94,16 @@ def test_extension_modules_that_are_missing_or_too_many(script: ModuleType, tmp_
     assert fault.startswith("its extension modules are ['_datagrams', ")
 
 
+def test_a_wheel_for_free_threaded_python_has_nothing_that_needs_the_gil(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / LINUX.replace("cp311-cp311", "cp314-cp314t")
+    built = extensions(script)
+    (fault,) = check(script, path, FILES | built)
+    assert fault.startswith("its extension modules are ['_core', ")
+    unwanted = tuple(f"fastserve/{name}." for name in script.NOT_FREE_THREADED)
+    built = {name: content for name, content in built.items() if not name.startswith(unwanted)}
+    assert check(script, path, FILES | built) == []
+
+
 def test_extension_modules_that_are_not_stripped(script: ModuleType, tmp_path: Path) -> None:
     faults = check(script, tmp_path / LINUX, FILES | extensions(script, SHT_SYMTAB))
     assert faults == [f"{name} is not stripped" for name in sorted(extensions(script))]

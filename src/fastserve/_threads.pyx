@@ -513,13 +513,15 @@ cdef class WorkQueue:
     thread to wait is the first to be woken. The GIL guards all fields, or the critical section of the object.
     """
 
-    cdef object items
+    cdef object items, append, popleft  # a deque that nobody else can reach: its own lock is always free
     cdef Waiter *waiting
     cdef bint is_coming  # a thread that was woken and does not run yet
     cdef Waiter *spare  # to be used again; a thread that wakes one may still be about to let go of its lock
 
     def __cinit__(self):
         self.items = _deque()
+        self.append = self.items.append
+        self.popleft = self.items.popleft
 
     def __dealloc__(self):
         # Nobody waits, for who does has a reference. In a forked child some seem to: threads that it does not have.
@@ -533,7 +535,7 @@ cdef class WorkQueue:
     def put(self, item):
         """Add an item, and wake a thread that waits for one. It never waits."""
         with cython.critical_section(self):
-            self.items.append(item)
+            self.append(item)
             self.wake_one()
 
     cdef void wake_one(self) noexcept:
@@ -557,7 +559,7 @@ cdef class WorkQueue:
                     self.spare = waiter
                     self.is_coming = False
                 if self.items:
-                    item = self.items.popleft()
+                    item = self.popleft()
                     if self.items:
                         self.wake_one()
                     return item
