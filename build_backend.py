@@ -7,7 +7,6 @@ import sys
 import sysconfig
 from typing import Any
 
-from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the other hooks of PEP 517 and PEP 660
 
 # A free-threaded build of CPython: PEP 703. No marker of a requirement can tell one.
@@ -36,10 +35,11 @@ def requirements() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Return what is needed beside what pyproject.toml requires: PEP 517."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *requirements()]
+    """Return what is needed beside what pyproject.toml requires: PEP 517.
+
+    The hook of setuptools would find out by running setup.py, which cannot be run without it.
+    """
+    return requirements()
 
 
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """Return what is needed beside what pyproject.toml requires: PEP 660."""
-    return [*build_meta.get_requires_for_build_editable(config_settings), *requirements()]
+get_requires_for_build_sdist = get_requires_for_build_editable = get_requires_for_build_wheel

@@ -83,12 +83,12 @@ def lines(client: Any, sent: bytes = b"") -> Any:
     return client.makefile("rb")
 
 
-def ended(server: subprocess.Popen[str], said: str = "") -> None:
+def ended(server: subprocess.Popen[str], said: str = "", or_else: str = "") -> None:
     assert server.wait(60) == 0
     assert server.stderr is not None
     text = server.stderr.read()
     if not text.startswith("the handler "):  # that the loop of greenlets tells of, which holds up the others
-        assert text == said
+        assert text in (said, or_else or said)
     else:
         assert text.endswith(said)
 
@@ -140,7 +140,9 @@ def test_a_second_signal_cuts_off_at_once(start: Any, worker: str, signum: int, 
                     server.wait(0.5)
             server.send_signal(signum)
             assert file.read() == b""
-        ended(server, "fastserve: 1 request was cut off\n")
+        # On a busy machine a probe of refuses() that was accepted may not have ended.
+        more = "fastserve: 2 requests were cut off\n" if worker in ("threads", "threadpool") else ""
+        ended(server, "fastserve: 1 request was cut off\n", more)
 
 
 def refuses(address: str) -> bool:

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import trustme
-from cryptography import x509
+import pytest
 
 from support import LIMIT, wait_until
 
@@ -23,9 +22,9 @@ NAME = "server.test"
 
 
 @functools.cache
-def authority() -> trustme.CA:
+def authority() -> Any:
     """Return the authority that all sides trust."""
-    return trustme.CA()
+    return pytest.importorskip("trustme", reason="certificates are made by the package trustme").CA()
 
 
 def server_context(*names: str, **attributes: Any) -> ssl.SSLContext:
@@ -61,6 +60,7 @@ def write_authority(directory: Path) -> Path:
 
 def serial_of(path: Path) -> str:
     """Return the serial number of the certificate in a file, as ``getpeercert()`` tells it."""
+    x509 = pytest.importorskip("cryptography.x509")
     return f"{x509.load_pem_x509_certificate(path.read_bytes()).serial_number:X}"
 
 
