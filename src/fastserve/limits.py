@@ -74,7 +74,8 @@ class LimitsMixIn(BeforeServer):
             return False
         host = client_address[0] if isinstance(client_address, tuple) else None
         if not limits.begin(request, host, self.max_connections_per_client):
-            self.refused_connections += 1
+            with limits.lock:  # a server may have several loops
+                self.refused_connections += 1
             meter = State.of(self).meter
             if meter is not None:
                 meter.refuse(request, "max_connections_per_client")
@@ -147,7 +148,7 @@ class _Limits:
 
     def begin_afresh(self) -> None:
         """Count from 0: what a forked child inherits are its parent's connections."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._hosts: dict[int, Any] = {}  # by the identity of a request: where it came from
         self._counts: dict[Any, int] = {}  # by where they came from
         self._held: Loop | None = None
@@ -155,7 +156,7 @@ class _Limits:
 
     def begin(self, request: Any, host: Any, most: int | None) -> bool:
         """Count a request; return whether there may be one more of its host."""
-        with self._lock:
+        with self.lock:
             if host is not None:
                 count = self._counts.get(host, 0)
                 if most is not None and count >= most:
@@ -166,7 +167,7 @@ class _Limits:
 
     def hold(self, loop: Loop, most: int) -> None:
         """Have the loop of the calling thread take no more requests when there are so many."""
-        with self._lock:
+        with self.lock:
             if len(self._hosts) >= most:
                 self._held = loop
                 self._most = most
@@ -174,7 +175,7 @@ class _Limits:
 
     def end(self, request: Any) -> None:
         """Count a request no longer, if it was counted."""
-        with self._lock:
+        with self.lock:
             host = self._hosts.pop(id(request), self)
             if host is self:
                 return
