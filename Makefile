@@ -24,7 +24,7 @@ endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-sources := pyproject.toml setup.py build_backend.py $(wildcard src/fastserve/*.pyx src/fastserve/*.pxd src/fastserve/*.h)
+sources := pyproject.toml setup.py build_backend.py $(wildcard src/fastserve/*.pyx src/fastserve/*.px[di] src/fastserve/*.h)
 built := $(VENV)/.built-$(implementation)
 test_tools := $(VENV)/.test-tools
 bench_tools := $(VENV)/.bench-tools

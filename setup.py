@@ -20,7 +20,7 @@ def extensions() -> list[Extension]:
     # Imported here so that the pure-Python build does not need Cython.
     from Cython.Build import cythonize
 
-    headers = sorted(glob.glob("src/fastserve/*.h") + glob.glob("src/fastserve/*.pxd"))
+    headers = sorted(glob.glob("src/fastserve/*.h") + glob.glob("src/fastserve/*.px[di]"))
     # Python's own flags ask for debug information, three quarters of the size, and often for -O3, an eighth of the rest
     # that no measurement shows. Symbols are left out too. CFLAGS of one's own are respected.
     options = link_options = []
@@ -29,7 +29,7 @@ def extensions() -> list[Extension]:
         link_options = ["-Wl,-x"] if sys.platform == "darwin" else ["-Wl,-s"]
         if sys.platform == "linux":
             link_options += ["-Wl,-z,noseparate-code"]  # pages of zeros between code and data
-    names = ["_sockets", "_core", "_streams", "_datagrams", "_handlers", "_threads"]
+    names = ["_sockets", "_core", "_streams", "_datagrams", "_threads"]
     # It looks into classes that other threads may change, which the GIL alone makes safe; nor are there greenlets.
     if not FREE_THREADED:
         names.append("_turns")

@@ -16,7 +16,7 @@ ALL = 1024 * KIB  # all of them but the load generator, which serves nobody
 TOP = {"fastserve", "_fastserve_pytest.py"}
 PACKAGE_SUFFIXES = {".py", ".so"}
 REQUIRED = {"_fastserve_pytest.py", "fastserve/__init__.py", "fastserve/py.typed"}
-EXTENSIONS = {"_core", "_datagrams", "_handlers", "_sockets", "_streams", "_threads", "_turns"}
+EXTENSIONS = {"_core", "_datagrams", "_sockets", "_streams", "_threads", "_turns"}
 EXTENSIONS_ON_LINUX = EXTENSIONS | {"_load"}
 # They are built where there is a greenlet to build with.
 OPTIONAL_ON_LINUX = {"_green", "_hub"}

@@ -223,7 +223,7 @@ def test_the_module_map_names_every_file_of_the_package_and_no_other() -> None:
     package = ROOT / "src" / "fastserve"
     files = {
         path.relative_to(package).as_posix()
-        for suffix in ("py", "pyx", "pxd", "h")
+        for suffix in ("py", "pyx", "pxd", "pxi", "h")
         for path in package.rglob(f"*.{suffix}")
         if "__pycache__" not in path.parts
     }

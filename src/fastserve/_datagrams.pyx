@@ -20,7 +20,6 @@ from libc.string cimport memcmp, memcpy, memset, strlen
 
 from fastserve._addresses cimport address_of
 from fastserve._errors cimport error_of
-from fastserve._handlers cimport Handlers
 from fastserve._hooks cimport (
     PyObject_GenericGetDict, _PyType_Lookup, fs_finds_attributes_plainly, fs_type_of, fs_version_of,
 )
@@ -163,6 +162,9 @@ cdef class Receiver:
 
     def close(self):
         self._release()
+
+
+include "_handlers.pxi"
 
 
 cdef class Turns:

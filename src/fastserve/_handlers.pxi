@@ -1,5 +1,4 @@
-# cython: language_level=3, embedsignature=True, freethreading_compatible=True
-"""How the turns over datagrams make a handler and have it handle a request."""
+# How the turns over datagrams make a handler and have it handle a request: a part of _datagrams.pyx.
 
 from io import BytesIO as _BytesIO
 
@@ -32,6 +31,13 @@ cdef class Handlers:
 
     :param own: see ``OWN_OF_HANDLERS``.
     """
+
+    cdef object _init, _no_setup, _setup, _handle, _handle_with_files
+    # The class that was looked at last.
+    cdef PyTypeObject *_class
+    cdef unsigned int _version
+    cdef PyObject *_class_init  # of the class; NULL where it is to be called itself
+    cdef bint _needs_no_setup, _needs_files
 
     def __cinit__(self, own):
         self._init, self._no_setup, self._setup, self._handle, self._handle_with_files = own
