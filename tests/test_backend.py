@@ -97,7 +97,7 @@ def test_a_build_that_refuses_extensions_has_none_and_fits_every_platform(tmp_pa
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     if not (ROOT / "setup.py").exists():
         pytest.skip("the sources of the package are not here")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "build_backend.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
     result = subprocess.run(
