@@ -28,19 +28,19 @@ def open_descriptors() -> int:
 
 
 def _status(thread_id: int) -> tuple[str, int]:
-    """Return the state of a thread of this process, "S" if it sleeps, and its context switches."""
-    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    """Return the state of a thread, "S" if it sleeps, and its context switches."""
+    text = Path(f"/proc/{thread_id}/status").read_text()
     state = next(line.split()[1] for line in text.splitlines() if line.startswith("State:"))
     return state, sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
 
 
 def context_switches(thread_id: int) -> int:
-    """Return how often a thread of this process gave up its processor, or was made to."""
+    """Return how often a thread gave up its processor, or was made to."""
     return _status(thread_id)[1]
 
 
 def settle(thread_id: int, seconds: float = 10.0) -> None:
-    """Wait until a thread has slept for 50 ms, or a time has passed, as it does if the thread ticks.
+    """Wait until a thread of any process has slept for 50 ms, or a time has passed, as it does if the thread ticks.
 
     On a busy machine a thread that has work may have to wait for a processor, and is not switched meanwhile: only
     the state tells that it sleeps.
