@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 import fastserve
+from fastserve import _backend
 
 SERVERS: dict[str, Any] = {
     "stdlib threading": socketserver.ThreadingTCPServer,
@@ -40,11 +41,6 @@ class Squares(socketserver.BaseRequestHandler):
         self.request.sendall(b"%d\n" % sum(number * number for number in range(count)))
 
 
-def has_gil() -> bool:
-    """Return whether this Python has a GIL at this moment."""
-    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
-
-
 def serve(name: str, processors: list[int]) -> None:
     """Be the process of a server: print the port, serve until standard input ends, and tell whether there is a GIL."""
     os.sched_setaffinity(0, processors)
@@ -54,7 +50,7 @@ def serve(name: str, processors: list[int]) -> None:
         print(server.server_address[1], flush=True)
         sys.stdin.read()
         server.shutdown()
-    print("with the GIL" if has_gil() else "without a GIL", flush=True)
+    print("with the GIL" if _backend.has_gil() else "without a GIL", flush=True)
 
 
 def client(port: int, work: int, until: float, done: list[int]) -> None:

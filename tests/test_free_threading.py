@@ -165,6 +165,19 @@ def test_every_item_of_many_threads_is_taken_once() -> None:
     assert work.empty()
 
 
+def served_by_two_threads(server: Any, client: Callable[[int], None]) -> None:
+    """Serve in two threads while clients run, each with its number in a thread of its own."""
+    other = threading.Thread(target=server.serve_forever)
+    other.start()
+    try:
+        with serving(server), in_threads(*(lambda n=n: client(n) for n in range(THREADS))):  # type: ignore[misc]
+            pass
+    finally:
+        server.shutdown()
+        other.join(LIMIT)
+    assert not other.is_alive()
+
+
 class Lines(fastserve.StreamRequestHandler):
     """Answer each line with it, and count on the server what a lock guards."""
 
@@ -179,7 +192,7 @@ class Lines(fastserve.StreamRequestHandler):
 def test_many_clients_of_a_server_that_two_threads_serve(impl: str, name: str) -> None:
     before = open_descriptors()
     connections, lines = 40, 5
-    with getattr(fastserve, name)(("127.0.0.1", 0), Lines, bind_and_activate=True) as server:
+    with getattr(fastserve, name)(("127.0.0.1", 0), Lines) as server:
         server.request_queue_size = 128
         server.server_activate()
         server.socket.setblocking(False)  # two loops: who comes too late must not wait in accept
@@ -194,15 +207,7 @@ def test_many_clients_of_a_server_that_two_threads_serve(impl: str, name: str) -
                             file.write(text)
                             assert file.readline() == text
 
-        other = threading.Thread(target=server.serve_forever)
-        other.start()
-        try:
-            with serving(server), in_threads(*(lambda n=n: client(n) for n in range(THREADS))):  # type: ignore[misc]
-                pass
-        finally:
-            server.shutdown()
-            other.join(LIMIT)
-        assert not other.is_alive()
+        served_by_two_threads(server, client)
     assert server.handled == THREADS * connections * lines
     wait_until(lambda: open_descriptors() == before)
 
@@ -224,12 +229,4 @@ def test_replies_of_a_server_that_two_threads_serve_are_gathered_by_one_at_a_tim
                     sock.send(b"%d %d" % (number, round_))
                     assert sock.recv(100) == b"%d %d" % (number, round_)
 
-        other = threading.Thread(target=server.serve_forever)
-        other.start()
-        try:
-            with serving(server), in_threads(*(lambda n=n: client(n) for n in range(THREADS))):  # type: ignore[misc]
-                pass
-        finally:
-            server.shutdown()
-            other.join(LIMIT)
-        assert not other.is_alive()
+        served_by_two_threads(server, client)

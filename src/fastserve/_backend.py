@@ -77,6 +77,11 @@ else:
 implementation: Final[Literal["c", "py"]] = "py" if core is _core_py else "c"
 
 
+def has_gil() -> bool:
+    """Return whether there is a GIL at this moment: a module that needs it may switch it on."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
 def hub() -> ModuleType:
     """Return the module of the greenlet hub: ``_hub`` beside the C core, if it was built, else ``_hub_py``.
 
@@ -88,7 +93,7 @@ def hub() -> ModuleType:
             "GreenletMixIn cannot serve in a process that gevent or eventlet has patched, where each thread is a "
             "greenlet of theirs: use ThreadingMixIn there"
         )
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if not has_gil():
         raise RuntimeError("GreenletMixIn needs the GIL: run this Python with PYTHON_GIL=1, or use ThreadingMixIn")
     return _greenlet_twin("_hub")
 

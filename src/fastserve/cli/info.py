@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 import fastserve
@@ -22,13 +21,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the facts."""
     import platform
-    import sysconfig
     from importlib import metadata
 
     system = platform.uname()
     reason = "FASTSERVE_NO_EXTENSIONS is set" if _backend.refused() else "the extension is not built"
-    gil = "with the GIL" if getattr(sys, "_is_gil_enabled", lambda: True)() else "without the GIL"
-    build = "free-threaded, " if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    gil = "with the GIL" if _backend.has_gil() else "without the GIL"
+    build = "free-threaded, " if _backend.FREE_THREADED else ""
     try:
         greenlets = "c" if _backend.hub().__name__ == "fastserve._hub" else "py"
     except (ImportError, RuntimeError) as error:
