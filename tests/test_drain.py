@@ -448,6 +448,19 @@ def test_greenlets_are_given_their_time_where_they_are_ended_otherwise(impl: str
         assert drain.result() == 0
 
 
+def test_a_request_that_its_child_has_already_is_counted_once(impl: str) -> None:
+    class Server(fastserve.DrainMixIn, fastserve.ForkingTCPServer):
+        def close_request(self, request: Any) -> None:
+            if os.getpid() == pid:
+                self.drain(0)  # as in a handler of a signal that comes just after the fork
+            super().close_request(request)
+
+    pid = os.getpid()
+    with noting_reports(Server(("127.0.0.1", 0), Silent)) as server, served(server), connected(server) as client:
+        assert is_ended(client)
+        assert server.drain() == 1
+
+
 def test_children_that_wait_for_their_number_to_fall_are_told(impl: str) -> None:
     with make("Forking", max_children=2) as server, served(server), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(server)) for _ in range(2)]

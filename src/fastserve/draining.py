@@ -425,11 +425,13 @@ class Requests:
 
     def cut_off(self, server: Any) -> None:
         """Cut off what is left."""
+        # A forking server holds a request for a moment that its child, which is counted, has already.
+        is_parent = isinstance(server, _FORKING) and not self._is_child
         with self.lock:
             for entry in list(self._entries.values()):
                 if not entry.cut:
                     entry.cut = True
-                    self.cut += not entry.idle  # else there is no request
+                    self.cut += not (is_parent or entry.idle)  # one that is idle has no request
                     if isinstance(entry.request, socket.socket):
                         with contextlib.suppress(OSError):  # the client has gone
                             socket.socket.shutdown(entry.request, socket.SHUT_RDWR)
