@@ -1,5 +1,12 @@
 """Sphinx configuration: MyST Markdown, the furo theme, and the docstrings of the installed package."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
 import fastserve
 
 project = "fastserve"
@@ -28,3 +35,18 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 # Longer signatures have a line for each parameter.
 python_maximum_signature_line_length = 90
+
+
+def add_unreleased(app: Sphinx, page: str, content: list[str]) -> None:
+    """Put what has not been released yet on the page of the changelog, from the directory ``changes``."""
+    if page == "changelog":
+        command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", release, "--date", "unreleased"]
+        result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        if result.returncode:
+            raise ExtensionError(result.stderr)
+        content[0] = content[0].replace("<!-- unreleased -->", result.stdout)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_unreleased)
+    app.connect("env-get-outdated", lambda *state: ["changelog"])  # its file alone does not tell
