@@ -37,13 +37,14 @@ test_extra = test$(shell $(VENV)/bin/python -c "import sys; print('-free-threade
 version := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/fastserve/_version.py)
 sdist := dist/fastserve-$(version).tar.gz
 # What a wheel may lack something for: the classes, the twins, the commands, the plugin and the types.
-PYTEST_ARGS ?= -m "not alone" tests/test_api.py tests/test_backend.py tests/test_cli.py tests/test_conformance_servers.py \
-	tests/test_testing.py tests/test_typing.py
+PYTEST_ARGS ?= -m "not alone" tests/test_api.py tests/test_backend.py tests/test_cli.py tests/test_cli_run.py \
+	tests/test_cli_serve.py tests/test_conformance_servers.py tests/test_testing.py tests/test_typing.py
 
 # What has state in C.
 ASAN_TESTS ?= tests/test_core.py tests/test_core_accept.py tests/test_datagrams.py tests/test_datagram_batches.py \
 	tests/test_datagram_handlers.py tests/test_gather_replies.py tests/test_gather_segments.py \
-	tests/test_green_connections.py tests/test_hub.py tests/test_streams.py tests/test_streams_writer.py \
+	tests/test_green_connections.py tests/test_green_files.py tests/test_green_replies.py tests/test_hub.py \
+	tests/test_hub_descriptors.py tests/test_hub_end.py tests/test_streams.py tests/test_streams_writer.py \
 	tests/test_threads_reuse.py tests/test_turns.py tests/test_work_queue.py
 # greenlet copies stacks away and back, which the sanitizer's own marks on a stack do not survive.
 asan_flags := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined --param asan-stack=0

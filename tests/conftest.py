@@ -17,6 +17,8 @@ import fastserve
 from fastserve import _backend, _core_py, _datagrams_py, _streams_py, limits
 from support import LIMIT
 
+pytest_plugins = ["cli_support", "hub_support"]
+
 NO_EXTENSIONS = _backend.refused()
 
 # Without the extension the tests of the C core would be missing from the run unnoticed.

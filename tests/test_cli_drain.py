@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from cli_support import WORKERS, address_of, connect, started
 from support import wait_until
-from test_cli import WORKERS, address_of, connect, started
 
 HANDLERS = """
 import http.server

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from test_cli import (
+from cli_support import (
     NEEDS_GREENLET,
     WORKERS,
     address_of,
@@ -23,7 +23,6 @@ from test_cli import (
     cli,
     connect,
     exchange,
-    here,  # noqa: F401
     started,
     stop,
 )
@@ -56,7 +55,7 @@ class Queue(fastserve.StreamRequestHandler):
 
 
 @pytest.fixture
-def shown(here: Path) -> Path:  # noqa: F811
+def shown(here: Path) -> Path:
     (here / "limits.py").write_text(HANDLERS)
     return here
 
@@ -162,7 +161,7 @@ def test_the_kernel_has_the_backlog(shown: Path, options: list[str], asked: int)
 
 @pytest.mark.parametrize("worker", STREAM_WORKERS)
 @pytest.mark.parametrize("how", ["plain", "workers", "tls"])
-def test_connections_beyond_the_limit_wait(here: Path, worker: str, how: str) -> None:  # noqa: F811
+def test_connections_beyond_the_limit_wait(here: Path, worker: str, how: str) -> None:
     options = ["--worker", worker, "--max-connections", "1"]
     if how == "workers":
         options += ["--workers", "1"]
@@ -204,7 +203,7 @@ def line_of(server: Any) -> str:
 
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("how", ["plain", "workers", "tls", "unix"])
-def test_idle_clients_and_endless_lines_are_ended(here: Path, worker: str, how: str) -> None:  # noqa: F811
+def test_idle_clients_and_endless_lines_are_ended(here: Path, worker: str, how: str) -> None:
     options = ["--worker", worker, "--idle-timeout", "1", "--max-line", "100"]
     if how == "workers":
         options += ["--workers", "2"]
@@ -237,7 +236,7 @@ def test_idle_clients_and_endless_lines_are_ended(here: Path, worker: str, how: 
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_datagrams_have_none_of_them_and_are_served(here: Path, worker: str) -> None:  # noqa: F811
+def test_datagrams_have_none_of_them_and_are_served(here: Path, worker: str) -> None:
     with serve("handlers:Packets", "--udp", "--worker", worker) as server:
         with connect(line_of(server), socket.SOCK_DGRAM) as client:
             assert exchange(client, b"a") == b"A"
@@ -258,12 +257,12 @@ def test_datagrams_have_none_of_them_and_are_served(here: Path, worker: str) -> 
         ("--backlog off", "'off' is not a whole number"),
     ],
 )
-def test_what_makes_no_sense_is_refused(here: Path, options: str, said: str) -> None:  # noqa: F811
+def test_what_makes_no_sense_is_refused(here: Path, options: str, said: str) -> None:
     assert_refused(cli("serve", "handlers:Lines", *options.split()), "fastserve serve", said)
 
 
 @NEEDS_GREENLET
-def test_datagrams_in_greenlets_have_a_limit_if_they_are_given_one(here: Path) -> None:  # noqa: F811
+def test_datagrams_in_greenlets_have_a_limit_if_they_are_given_one(here: Path) -> None:
     with serve("handlers:Packets", "--udp", "--worker", "greenlet", "--max-connections", "2") as server:
         with connect(line_of(server), socket.SOCK_DGRAM) as client:
             assert exchange(client, b"a") == b"A"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from cli_support import WORKERS, address_of, cli, connect, exchange, run, started, stop
 from support import wait_until
-from test_cli import WORKERS, address_of, cli, connect, exchange, here, run, started, stop  # noqa: F401
 
 if importlib.util.find_spec("prometheus_client") is None:
     pytest.skip("prometheus-client is not installed", allow_module_level=True)
@@ -67,7 +67,7 @@ def total(samples: dict[tuple[str, ...], float], name: str) -> float:
 
 @pytest.mark.parametrize("processes", [(), ("--workers", "2")])
 @pytest.mark.parametrize("worker", WORKERS)
-def test_a_scrape_tells_what_was_counted(here: Path, worker: str, processes: tuple[str, ...]) -> None:  # noqa: F811
+def test_a_scrape_tells_what_was_counted(here: Path, worker: str, processes: tuple[str, ...]) -> None:
     with measured("--worker", worker, *processes) as (server, address, url):
         for _ in range(5):
             with connect(address) as client:
@@ -99,7 +99,7 @@ def test_a_scrape_tells_what_was_counted(here: Path, worker: str, processes: tup
         assert errors.count("Traceback") == 1 and "from the handler" in errors and "Warning" not in errors
 
 
-def test_datagrams_are_counted(here: Path) -> None:  # noqa: F811
+def test_datagrams_are_counted(here: Path) -> None:
     arguments = ["serve", "handlers:Packets", *METRICS, "--udp", "--worker", "sync"]
     with started(*arguments, **STRICT) as server:
         address = address_of(server)
@@ -113,7 +113,7 @@ def test_datagrams_are_counted(here: Path) -> None:  # noqa: F811
         stop(server)
 
 
-def test_limits_are_counted(here: Path) -> None:  # noqa: F811
+def test_limits_are_counted(here: Path) -> None:
     with measured("--max-connections-per-client", "1", "--idle-timeout", "1") as (server, address, url):
         with connect(address) as first, connect(address) as second:
             assert second.recv(1) == b""
@@ -126,7 +126,7 @@ def test_limits_are_counted(here: Path) -> None:  # noqa: F811
 
 
 @linux
-def test_a_worker_that_is_killed_takes_nothing_away(here: Path) -> None:  # noqa: F811
+def test_a_worker_that_is_killed_takes_nothing_away(here: Path) -> None:
     with measured("--workers", "2") as (server, address, url):
         pids = children_of(server.pid)
         for _ in range(5):
@@ -180,7 +180,7 @@ def at(port: int) -> list[tuple[str, str]]:
 
 @linux
 @pytest.mark.parametrize("options", [("--workers", "2"), ("--worker", "fork")])
-def test_no_other_process_has_the_listener_of_the_metrics(here: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+def test_no_other_process_has_the_listener_of_the_metrics(here: Path, options: tuple[str, ...]) -> None:
     with measured(*options) as (server, address, url), connect(address) as client:
         assert exchange(client) == b"HELLO\n"
         wait_until(lambda: len(children_of(server.pid)) == (2 if "--workers" in options else 1))
@@ -199,7 +199,7 @@ def test_no_other_process_has_the_listener_of_the_metrics(here: Path, options: t
 
 @linux
 @pytest.mark.parametrize("options", [(), ("--workers", "1")])
-def test_scrapes_leave_no_descriptor(here: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+def test_scrapes_leave_no_descriptor(here: Path, options: tuple[str, ...]) -> None:
     with measured(*options) as (server, _, url):
         wait_until(lambda: "loop_delay_seconds" in {name for name, *_ in scrape(url)})
         wait_until(lambda: not connections_at(address_in(url)[1]))
@@ -214,7 +214,7 @@ def test_scrapes_leave_no_descriptor(here: Path, options: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("options", [(), ("--workers", "1")])
-def test_who_asks_too_slowly_gets_no_answer(here: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+def test_who_asks_too_slowly_gets_no_answer(here: Path, options: tuple[str, ...]) -> None:
     with measured(*options) as (server, _, url):
         with socket.create_connection(address_in(url), 60) as slow, contextlib.suppress(ConnectionError):
             slow.sendall(b"GET /metrics")
@@ -228,7 +228,7 @@ def test_who_asks_too_slowly_gets_no_answer(here: Path, options: tuple[str, ...]
         stop(server)
 
 
-def test_metrics_may_be_on_ipv6(here: Path) -> None:  # noqa: F811
+def test_metrics_may_be_on_ipv6(here: Path) -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6")
     arguments = ["serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--metrics", "[::1]:0"]
@@ -240,7 +240,7 @@ def test_metrics_may_be_on_ipv6(here: Path) -> None:  # noqa: F811
         stop(server)
 
 
-def test_an_address_that_is_taken_is_one_line(here: Path) -> None:  # noqa: F811
+def test_an_address_that_is_taken_is_one_line(here: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         result = cli("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--metrics", where)
@@ -250,12 +250,12 @@ def test_an_address_that_is_taken_is_one_line(here: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("where", ["9100", "unix:socket", "127.0.0.1:70000", "::1:9100"])
-def test_a_wrong_address_is_one_line(here: Path, where: str) -> None:  # noqa: F811
+def test_a_wrong_address_is_one_line(here: Path, where: str) -> None:
     result = cli("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--metrics", where)
     assert result.returncode == 2 and "--metrics" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_without_the_library_one_line_names_the_extra(here: Path) -> None:  # noqa: F811
+def test_without_the_library_one_line_names_the_extra(here: Path) -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; from fastserve.cli import main; sys.exit(main())"
     result = run([sys.executable, "-c", code, "serve", "handlers:Lines", *METRICS])
     assert result.returncode == 2

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cli_support import address_of, connect, started
 from support import wait_until
-from test_cli import address_of, connect, here, started  # noqa: F401
 
 pytestmark = [
     pytest.mark.once,
@@ -31,7 +31,7 @@ def answers(address: object) -> bytes:
 
 
 @pytest.mark.parametrize("worker", ["sync", "threads", "threadpool", "fork"])
-def test_processes_serve_and_sigterm_ends_them(here: Path, worker: str) -> None:  # noqa: F811
+def test_processes_serve_and_sigterm_ends_them(here: Path, worker: str) -> None:
     arguments = ["handlers:Lines", "--bind", "127.0.0.1:0", "--worker", worker, "--workers", "2"]
     with started("serve", *arguments) as server:
         address = address_of(server)
@@ -46,7 +46,7 @@ def test_processes_serve_and_sigterm_ends_them(here: Path, worker: str) -> None:
         assert server.stderr is not None and server.stderr.read() == ""
 
 
-def test_sigint_ends_all_at_once_and_the_file_of_a_unix_socket_is_removed(here: Path) -> None:  # noqa: F811
+def test_sigint_ends_all_at_once_and_the_file_of_a_unix_socket_is_removed(here: Path) -> None:
     arguments = ["handlers:Lines", "--bind", "unix:socket", "--workers", "2"]
     with started("serve", *arguments) as server:
         address = address_of(server)
@@ -63,7 +63,7 @@ def test_sigint_ends_all_at_once_and_the_file_of_a_unix_socket_is_removed(here: 
         assert not (here / "socket").exists()
 
 
-def test_grace_is_how_long_requests_may_take(here: Path) -> None:  # noqa: F811
+def test_grace_is_how_long_requests_may_take(here: Path) -> None:
     arguments = ["handlers:Lines", "--bind", "127.0.0.1:0", "--workers", "1", "--grace", "1"]
     with started("serve", *arguments) as server, contextlib.closing(connect(address_of(server))) as client:
         client.sendall(b"hello\n")
@@ -73,7 +73,7 @@ def test_grace_is_how_long_requests_may_take(here: Path) -> None:  # noqa: F811
         assert server.stderr is not None and "has not ended in time, and is killed" in server.stderr.read()
 
 
-def test_limits_are_those_of_the_options(here: Path) -> None:  # noqa: F811
+def test_limits_are_those_of_the_options(here: Path) -> None:
     options = ["--max-connections-per-client", "1", "--idle-timeout", "1", "--request-timeout", "30"]
     with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", *options) as server:
         address = address_of(server)
@@ -82,7 +82,7 @@ def test_limits_are_those_of_the_options(here: Path) -> None:  # noqa: F811
             assert first.recv(1) == b""  # idle for too long
 
 
-def test_log_level_tells_of_requests(here: Path) -> None:  # noqa: F811
+def test_log_level_tells_of_requests(here: Path) -> None:
     with started("serve", "handlers:Lines", "--bind", "127.0.0.1:0", "--workers", "1", "--log-level", "info") as server:
         assert answers(address_of(server))
         server.send_signal(signal.SIGTERM)

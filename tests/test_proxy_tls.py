@@ -27,7 +27,7 @@ pytest.importorskip("trustme")
 
 from test_proxy_servers import ADDRESS, FORKING, WORKERS, Failures, class_of, rest_of  # noqa: E402
 from test_proxy_servers import Tell as Plain  # noqa: E402
-from tls_support import NAME, client_context, end, forking, server_context, wrapped  # noqa: E402
+from tls_support import NAME, client_context, end, server_context, wrapped  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -314,13 +314,12 @@ def test_the_header_comes_before_the_handshake_of_the_mix_in_too(any_worker: str
     workers = [getattr(fastserve, f"{any_worker}MixIn")] if any_worker else []
     bases = (*(mixins if first == "proxy" else mixins[::-1]), *workers, fastserve.TCPServer)
     server = type("Server", bases, {"ssl_context": server_context()})(ADDRESS, Tell)
-    context = client_context()  # made here, so that no server forks meanwhile
+    context = client_context()
     with server, serving(server):
         for _ in range(2):
             with contextlib.ExitStack() as opened:
-                with forking(server):
-                    plain = opened.enter_context(plain_client(server))
-                    plain.sendall(V1)
+                plain = opened.enter_context(plain_client(server))
+                plain.sendall(V1)
                 connection = opened.enter_context(context.wrap_socket(plain, server_hostname=NAME))
                 connection.sendall(b"hello\n")
                 with connection.makefile("rb") as lines:

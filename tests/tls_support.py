@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import socket
-import socketserver
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from support import LIMIT, wait_until
+from support import LIMIT
 
 NAME = "server.test"
 
@@ -71,14 +72,61 @@ def serial_at(client: ssl.SSLSocket) -> str:
     return str(certificate["serialNumber"]).lstrip("0")
 
 
+# A forked child has whatever locks of OpenSSL another thread holds at the fork, for good, and waits for them for ever.
+# Servers in this process that fork do so between the calls of its clients.
+_in_openssl = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_in_openssl.acquire, after_in_parent=_in_openssl.release, after_in_child=_in_openssl.release
+    )
+
+
+class Client(ssl.SSLSocket):
+    """A client that never waits within OpenSSL."""
+
+    def _wait_outside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        timeout = self.gettimeout()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with _in_openssl:
+                self.settimeout(0.0)
+                try:
+                    return function(*arguments)
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                    if timeout == 0.0:
+                        raise
+                    reads = isinstance(error, ssl.SSLWantReadError)
+                finally:
+                    self.settimeout(timeout)
+            ready = select.poll()  # descriptors may have large numbers
+            ready.register(self, select.POLLIN if reads else select.POLLOUT)
+            if not ready.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError("timed out")
+
+    def do_handshake(self, block: bool = False) -> None:
+        self._wait_outside(super().do_handshake)
+
+    def read(self, *arguments: Any) -> Any:
+        return self._wait_outside(super().read, *arguments)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        return int(self._wait_outside(super().send, data, flags))
+
+    def unwrap(self) -> socket.socket:
+        plain: socket.socket = self._wait_outside(super().unwrap)
+        return plain
+
+
 def client_context(certificate: bool = False, **attributes: Any) -> ssl.SSLContext:
     """Return the context of a client, with a certificate of its own or without, and these attributes set."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority().configure_trust(context)
-    if certificate:
-        authority().issue_cert("client@client.test").configure_cert(context)
-    for name, value in attributes.items():
-        setattr(context, name, value)
+    with _in_openssl:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.sslsocket_class = Client
+        authority().configure_trust(context)
+        if certificate:
+            authority().issue_cert("client@client.test").configure_cert(context)
+        for name, value in attributes.items():
+            setattr(context, name, value)
     return context
 
 
@@ -110,20 +158,6 @@ def is_ended(client: socket.socket) -> bool:
         while client.recv(65536):
             pass
     return True
-
-
-@contextlib.contextmanager
-def forking(server: Any) -> Iterator[None]:
-    """Wait at the end of the block until a forking server has forked for the client that connects in it.
-
-    A child has whatever locks of OpenSSL another thread holds at the fork, for good: a client in the same process
-    begins its handshake afterwards.
-    """
-    forks = hasattr(os, "fork") and isinstance(server, socketserver.ForkingMixIn)
-    before = set(server.active_children or ()) if forks else set()
-    yield
-    if forks:
-        wait_until(lambda: set(server.active_children or ()) - before)
 
 
 @contextlib.contextmanager
