@@ -17,10 +17,11 @@ if sys.argv[2] == "after":
     gevent.monkey.patch_all()
 
 import socket  # noqa: E402
+import ssl  # noqa: E402
 
 import gevent  # noqa: E402
 
-from tls_support import ask, server_context  # noqa: E402
+from tls_support import ask, client_context, server_context  # noqa: E402
 
 
 class Upper(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
@@ -28,6 +29,8 @@ class Upper(module.StreamRequestHandler):  # type: ignore[misc, name-defined]
         for line in self.rfile:
             self.wfile.write(line.upper())
 
+
+context = client_context(sslsocket_class=ssl.SSLSocket)  # that of gevent
 
 for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
 
@@ -41,6 +44,6 @@ for name in ("TCPServer", "ThreadingTCPServer", "ThreadPoolTCPServer"):
             if name == "TCPServer":
                 assert silent.recv(1) == b""
                 server.handshake_timeout = 30.0
-            assert ask(server) == b"HELLO\n"
+            assert ask(server, context=context) == b"HELLO\n"
         server.shutdown()
         serving.get()
