@@ -7,6 +7,7 @@
 # make sdist  make the source distribution in dist/, of the files that git knows; it needs no network
 # make wheel  build the wheel of this Python from it in dist/, and check what is in it
 # make asan   test the C extensions under AddressSanitizer and UndefinedBehaviorSanitizer, on Linux with gcc
+# make tsan   test the core's threads under ThreadSanitizer; PYTHON has been built --disable-gil --with-thread-sanitizer
 # make soak   serve with every worker model, SECONDS=60 each, and see that nothing is lost and nothing is left
 # make test-wheel  test that wheel, installed in an empty environment; PYTEST_ARGS="tests" for all tests
 #
@@ -49,10 +50,16 @@ ASAN_TESTS ?= tests/test_core.py tests/test_core_accept.py tests/test_datagrams.
 # greenlet copies stacks away and back, which the sanitizer's own marks on a stack do not survive.
 asan_flags := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined --param asan-stack=0
 
+# What several threads do at a time, and what holds the state that they share.
+TSAN_TESTS ?= tests/test_core.py tests/test_datagrams.py tests/test_free_threading.py tests/test_gather_replies.py \
+	tests/test_shutdown.py tests/test_streams.py tests/test_threads_reuse.py tests/test_work_queue.py \
+	tests/test_workers_threadpool.py tests/test_workers_threads.py
+tsan_flags := -O1 -g -fsanitize=thread
+
 SECONDS ?= 60
 soaks := sync connections threadpool fork greenlets datagrams mixed
 
-.PHONY: run build test lint bench bench-quick bench-servers docs sdist wheel test-wheel asan soak clean
+.PHONY: run build test lint bench bench-quick bench-servers docs sdist wheel test-wheel asan tsan soak clean
 
 # Unbuffered, so that the address is there at once, also in a pipe.
 run: $(built)
@@ -118,6 +125,21 @@ asan: $(test_tools)
 		ASAN_OPTIONS=detect_leaks=0:replace_intrin=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
 		$(abspath $(VENV))/bin/python -m pytest -m "not alone" --timeout 900 $(ASAN_TESTS)
+
+# In a copy likewise. The interpreter is instrumented itself, and tells of races between its threads and the core's. What
+# is not tested is not watched.
+tsan: export TSAN_OPTIONS = report_bugs=0
+tsan: $(test_tools)
+	$(VENV)/bin/python -m pip install --quiet "cython>=3.1"
+	rm -rf build/tsan
+	mkdir -p build/tsan
+	git ls-files -z | tar -c --null --files-from=- | tar -x -C build/tsan
+	cd build/tsan && env -u FASTSERVE_NO_EXTENSIONS CFLAGS="$(tsan_flags)" LDFLAGS="$(tsan_flags)" \
+		$(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
+	cd build/tsan && env -u FASTSERVE_NO_EXTENSIONS PYTHONPATH=src \
+		TSAN_OPTIONS="log_path=$(abspath build/tsan)/report exitcode=0 die_after_fork=0 report_thread_leaks=0" \
+		$(abspath $(VENV))/bin/python -m pytest -m "not alone" --timeout 900 $(TSAN_TESTS)
+	! cat build/tsan/report.* 2>/dev/null
 
 soak: $(built)
 	for what in $(soaks); do $(VENV)/bin/python bench/soak.py $$what --seconds $(SECONDS) || exit 1; done

@@ -30,6 +30,9 @@ if not NO_EXTENSIONS and fastserve.implementation != "c":
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# ThreadSanitizer has a thread of its own from the first one on that is started, which no test is to be blamed for.
+threading.Thread(target=int).start()
+
 # What each implementation puts into _backend.
 TWINS: dict[str, dict[str, ModuleType | None]] = {
     "py": {"core": _core_py, "streams": _streams_py, "datagrams": _datagrams_py, "threads": None, "turns": None}

@@ -23,6 +23,7 @@ from fastserve._errors cimport error_of
 from fastserve._hooks cimport (
     PyObject_GenericGetDict, _PyType_Lookup, fs_finds_attributes_plainly, fs_type_of, fs_version_of,
 )
+from fastserve._locks cimport PyThread_get_thread_ident, fs_owner, fs_set_owner
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
     fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage,
@@ -31,7 +32,6 @@ from fastserve._syscalls cimport (
 
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
-    unsigned long PyThread_get_thread_ident()
     int PySys_Audit(const char *, const char *, ...) except -1
 
 cdef enum:
@@ -366,11 +366,11 @@ cdef class Gatherer:
 
     def begin(self):
         with cython.critical_section(self):  # of two loops of a server one gathers
-            if self._thread == 0:
-                self._thread = PyThread_get_thread_ident()
+            if not fs_owner(&self._thread):
+                fs_set_owner(&self._thread, PyThread_get_thread_ident())
 
     def end(self):
-        if self._thread != PyThread_get_thread_ident():
+        if not self._is_own():
             return
         try:
             self.flush()
@@ -378,10 +378,10 @@ cdef class Gatherer:
             self.flush()  # a handler of signals or errors has raised; the other replies go out all the same
             raise
         finally:
-            self._thread = 0
+            fs_set_owner(&self._thread, 0)
 
     def forget(self):
-        self._thread = 0
+        fs_set_owner(&self._thread, 0)
         self._flushing = False
         self._first = self._count = self._alone = 0
         self._replies = [None] * MOST
@@ -389,7 +389,7 @@ cdef class Gatherer:
 
     def sendto(self, data, flags, address=_absent, /):
         cdef size_t place = <size_t><PyObject *>flags
-        if self._flushing or self._thread != PyThread_get_thread_ident():
+        if not self._is_own() or self._flushing:
             return self._pass_on(data, flags, address)
         if address is not _absent or (type(data) is not bytes and type(data) is not bytearray):
             self.flush()
@@ -413,6 +413,10 @@ cdef class Gatherer:
         self._addresses[self._count] = flags
         self._count += 1
         return PyBytes_GET_SIZE(kept)
+
+    cdef inline bint _is_own(self) noexcept:
+        """Return whether the calling thread gathers. Nothing else may be looked at if not."""
+        return fs_owner(&self._thread) == PyThread_get_thread_ident()
 
     cdef object _pass_on(self, object data, object flags, object address):
         if address is _absent:
@@ -469,7 +473,7 @@ cdef class Gatherer:
         cdef int result = 0
         cdef bint waited = False
         cdef Py_ssize_t i, count
-        if self._first == self._count or self._flushing or self._thread != PyThread_get_thread_ident():
+        if not self._is_own() or self._flushing or self._first == self._count:
             return
         self._flushing = True  # what a handler of signals or errors sends meanwhile goes out at once
         replies, addresses = self._replies, self._addresses
