@@ -17,7 +17,11 @@ typedef struct {
     int64_t timeout;  /* nanoseconds; negative: none */
 } fs_socket;
 
-static inline int fs_descriptor_of(PyObject *socket) { return ((fs_socket *)socket)->descriptor; }
+/* Another thread may close the socket meanwhile. */
+static inline int fs_descriptor_of(PyObject *socket)
+{
+    return __atomic_load_n(&((fs_socket *)socket)->descriptor, __ATOMIC_RELAXED);
+}
 
 static inline int fs_family_of(PyObject *socket) { return ((fs_socket *)socket)->family; }
 static inline int fs_type_of_socket(PyObject *socket) { return ((fs_socket *)socket)->type; }
