@@ -158,7 +158,7 @@ $(test_tools): $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(bench_tools): $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]" uvloop gevent
+	$(VENV)/bin/python -m pip install --quiet --editable ".[bench]" dnslib gevent uvloop
 	touch $@
 
 $(docs_tools): $(VENV)/bin/python pyproject.toml

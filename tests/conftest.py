@@ -17,7 +17,7 @@ import fastserve
 from fastserve import _backend, _core_py, _datagrams_py, _streams_py, limits
 from support import LIMIT
 
-pytest_plugins = ["cli_support", "hub_support"]
+pytest_plugins = ["cli_support", "hub_support", "sockets_support"]
 
 NO_EXTENSIONS = _backend.refused()
 
