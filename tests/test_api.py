@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import selectors
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from io import BufferedIOBase
 from types import FunctionType
 from typing import Any
@@ -19,7 +21,7 @@ from unittest import mock
 import pytest
 
 import fastserve
-from fastserve.sockets import Options
+from fastserve.sockets import OFF
 
 NAMES = sorted(socketserver.__all__)
 # The combinations of 3.12, which fastserve has on every Python.
@@ -37,6 +39,9 @@ REACHED = {
     "threading": threading,
     "time": time.monotonic,
 }
+
+# What the import may load that socketserver has not: no shared library, and little code.
+ALLOWED_BESIDE = {"__future__", "_functools", "contextlib", "functools", "importlib", "signal", "warnings", "weakref"}
 
 
 def pairs() -> list[Any]:
@@ -87,7 +92,7 @@ def test_every_attribute_is_defined_by_the_class_of_the_same_name(ours: type, th
 @pytest.mark.parametrize(("ours", "theirs"), pairs())
 def test_no_class_has_a_public_attribute_that_the_stdlibs_has_not_but_these(ours: type, theirs: type) -> None:
     added = {
-        fastserve.TCPServer: {*Options._fields, "from_socket"},
+        fastserve.TCPServer: {*OFF, "from_socket"},
         fastserve.UDPServer: {"max_batch", "gather_replies", "truncated_datagrams", "dropped_datagrams"},
         fastserve.ThreadingMixIn: {"reuse_threads", "handshake_timeout"},
         getattr(fastserve, "ForkingMixIn", None): {"handshake_timeout"},
@@ -220,16 +225,62 @@ def test_editing_bases_is_allowed_where_the_stdlib_allows_it() -> None:
 
 
 def test_the_import_is_light() -> None:
+    # socketserver itself has loaded the rest. Each shared library and each page of a module is copied by fork(2).
     program = """
-import sys
+import sys, socketserver
 before = set(sys.modules)
 import fastserve
-heavy = {"greenlet", "matplotlib", "rich", "argparse", "importlib.metadata", "http.server", "ssl", "asyncio"}
-heavy |= {"dataclasses", "ipaddress", "mmap", "prometheus_client"}
-print(sorted(heavy & (set(sys.modules) - before)))
+print(sorted(name for name in set(sys.modules) - before if not name.startswith(("fastserve", "_cython", "cython"))))
+print(sorted(name for name in sys.modules if name.startswith("fastserve.workers.")))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    beside, workers = (ast.literal_eval(line) for line in done.stdout.splitlines())
+    assert {name.partition(".")[0] for name in beside} <= ALLOWED_BESIDE
+    assert workers == [f"fastserve.workers.{name}" for name in ("_past", "_reuse", "forking", "threads")]
+
+
+def test_names_that_are_loaded_late_are_as_the_others() -> None:
+    program = """
+import sys, fastserve
+assert set(fastserve.__all__) <= set(dir(fastserve)), set(fastserve.__all__) - set(dir(fastserve))
+late = set(fastserve._HOMES)
+assert late < set(fastserve.__all__), late - set(fastserve.__all__)
+assert not late & set(vars(fastserve))
+for name in sorted(late):
+    found = getattr(fastserve, name)
+    assert vars(fastserve)[name] is found is getattr(sys.modules[fastserve._HOMES[name]], name)
+try:
+    fastserve.NoSuchName
+except AttributeError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (done.stdout, done.stderr) == ("module 'fastserve' has no attribute 'NoSuchName'\n", "")
+
+
+def test_what_is_loaded_late_is_built_on_the_stdlibs_module_and_no_other() -> None:
+    program = """
+import sys, socketserver, fastserve
+sys.modules["socketserver"] = fastserve
+from fastserve import *
+import fastserve.testing
+names = fastserve.__all__
+modules = [module for name, module in sys.modules.items() if name.startswith("fastserve.")]
+print({vars(module).get("socketserver", socketserver) is socketserver for module in modules})
+print(all(issubclass(getattr(fastserve, name), socketserver.BaseServer) for name in names if name.endswith("Server")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("{True}\nTrue\n", "")
+
+
+def test_the_annotations_can_be_asked_for() -> None:
+    for name in NAMES:
+        cls = getattr(fastserve, name)
+        typing.get_type_hints(cls)
+        for method in vars(cls).values():
+            if inspect.isfunction(method):
+                typing.get_type_hints(method)
 
 
 def test_the_implementation_is_that_of_the_environment() -> None:

@@ -15,24 +15,17 @@ import sys as sys
 import threading as threading
 from io import BufferedIOBase as BufferedIOBase
 from time import monotonic as time  # noqa: F401
-from typing import TYPE_CHECKING, Any
 
+from fastserve._annotations import TYPE_CHECKING, Any
 from fastserve._backend import implementation
 from fastserve._lines import LineTooLong
 from fastserve._version import __version__
-from fastserve.draining import DrainHTTPMixIn, DrainMixIn, idle
 from fastserve.handlers import DatagramRequestHandler, StreamRequestHandler
-from fastserve.limits import LimitsMixIn
-from fastserve.logs import LoggingMixIn
-from fastserve.patching import patch, patched, unpatch
 from fastserve.pollers import _STDLIB_SELECTOR as _ServerSelector  # noqa: F401
 from fastserve.server import TCPServer, UDPServer
 from fastserve.sockets import from_socket
 from fastserve.streams import _SocketWriter  # noqa: F401
 from fastserve.tasks import create_connection, sleep, spawn, to_thread
-from fastserve.tls_mixin import TLSMixIn
-from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
-from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 from fastserve.workers.threads import (
     ThreadingMixIn,
     ThreadingTCPServer,
@@ -52,25 +45,32 @@ if TYPE_CHECKING:
     from socketserver import _AfUnixAddress as _AfUnixAddress
     from socketserver import _RequestType as _RequestType
 
+    from fastserve.draining import DrainHTTPMixIn, DrainMixIn, idle
+    from fastserve.limits import LimitsMixIn
+    from fastserve.logs import LoggingMixIn
+    from fastserve.patching import patch, patched, unpatch
     from fastserve.proxy import ProxyInfo, ProxyProtocolError, ProxyProtocolMixIn, proxy_info
     from fastserve.stats import ServerStats, StatsMixIn, WorkerStats
+    from fastserve.tls_mixin import TLSMixIn
+    from fastserve.workers.greenlets import GreenletMixIn, GreenletTCPServer, GreenletUDPServer
+    from fastserve.workers.threadpool import ThreadPoolMixIn, ThreadPoolTCPServer, ThreadPoolUDPServer
 else:
     from fastserve.handlers import BaseRequestHandler
     from fastserve.server import BaseServer
 
-    # A type checker that saw this would take any name for one that is here.
-    def __getattr__(name: str) -> Any:
-        # They import dataclasses and ipaddress, which take milliseconds, and few servers need them.
-        if name in ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"):
-            from fastserve import proxy
-
-            return getattr(proxy, name)
-        if name in ("ServerStats", "StatsMixIn", "WorkerStats"):
-            from fastserve import stats
-
-            return getattr(stats, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+# What socketserver does not have is loaded when it is first asked for: the names of each module. A server that does
+# without is up sooner, and a forking one has less memory to copy the page tables of at each request.
+_LAZY: dict[str, tuple[str, ...]] = {
+    "draining": ("DrainHTTPMixIn", "DrainMixIn", "idle"),
+    "limits": ("LimitsMixIn",),
+    "logs": ("LoggingMixIn",),
+    "patching": ("patch", "patched", "unpatch"),
+    "proxy": ("ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "proxy_info"),
+    "stats": ("ServerStats", "StatsMixIn", "WorkerStats"),
+    "tls_mixin": ("TLSMixIn",),
+    "workers.greenlets": ("GreenletMixIn", "GreenletTCPServer", "GreenletUDPServer"),
+    "workers.threadpool": ("ThreadPoolMixIn", "ThreadPoolTCPServer", "ThreadPoolUDPServer"),
+}
 
 # What fastserve has beyond socketserver.
 __extensions__: list[str] = [
@@ -150,17 +150,24 @@ __all__ = [
 
 if hasattr(os, "fork"):
     from fastserve.workers.forking import ForkingMixIn, ForkingTCPServer, ForkingUDPServer
-    from fastserve.workers.prefork import PreforkMixIn
 
+    if TYPE_CHECKING:
+        from fastserve.workers.prefork import PreforkMixIn
+
+    _LAZY["workers.prefork"] = ("PreforkMixIn",)
     __extensions__ += ["PreforkMixIn"]
     __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer", "PreforkMixIn"]
 
 if hasattr(socket, "AF_UNIX"):
     from fastserve.server import UnixDatagramServer, UnixStreamServer
-    from fastserve.workers.greenlets import GreenletUnixDatagramServer, GreenletUnixStreamServer
-    from fastserve.workers.threadpool import ThreadPoolUnixDatagramServer, ThreadPoolUnixStreamServer
     from fastserve.workers.threads import ThreadingUnixDatagramServer, ThreadingUnixStreamServer
 
+    if TYPE_CHECKING:
+        from fastserve.workers.greenlets import GreenletUnixDatagramServer, GreenletUnixStreamServer
+        from fastserve.workers.threadpool import ThreadPoolUnixDatagramServer, ThreadPoolUnixStreamServer
+
+    _LAZY["workers.greenlets"] += ("GreenletUnixDatagramServer", "GreenletUnixStreamServer")
+    _LAZY["workers.threadpool"] += ("ThreadPoolUnixDatagramServer", "ThreadPoolUnixStreamServer")
     __extensions__ += [
         "GreenletUnixDatagramServer",
         "GreenletUnixStreamServer",
@@ -182,3 +189,17 @@ if hasattr(os, "fork") and hasattr(socket, "AF_UNIX"):
     from fastserve.workers.forking import ForkingUnixDatagramServer, ForkingUnixStreamServer
 
     __all__ += ["ForkingUnixDatagramServer", "ForkingUnixStreamServer"]
+
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for one that is here
+    _HOMES = {name: f"fastserve.{module}" for module, names in _LAZY.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})

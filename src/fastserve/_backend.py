@@ -15,9 +15,9 @@ import select
 import socket
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Final, Literal
 
-from fastserve import _core_py, _datagrams_py, _green_py, _streams_py
+from fastserve import _core_py, _datagrams_py, _streams_py
+from fastserve._annotations import TYPE_CHECKING, Final
 
 EXTENSION: Final = "fastserve._core"
 
@@ -61,6 +61,8 @@ threads: ModuleType | None = None
 turns: ModuleType | None = None
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     # The twins are the source of the types, so that no stub file can drift.
     core = _core_py
     streams = _streams_py
@@ -100,7 +102,7 @@ def hub() -> ModuleType:
 
 def green() -> ModuleType:
     """Return the module of the connections that wait in a hub; raises what :func:`hub` raises for an import."""
-    return _green_py if implementation == "py" else _greenlet_twin("_green")
+    return _greenlet_twin("_green")
 
 
 def _greenlet_twin(name: str) -> ModuleType:

@@ -13,7 +13,8 @@ import select
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+
+from fastserve._annotations import Any, Final
 
 HAVE_EPOLL: Final = hasattr(select, "epoll")
 

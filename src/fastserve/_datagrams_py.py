@@ -8,7 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+
+from fastserve._annotations import Any, Final
 
 # A datagram as get_request() returns it: ((data, socket), client_address).
 Request = tuple[tuple[bytes, socket.socket], Any]

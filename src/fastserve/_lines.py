@@ -11,7 +11,8 @@ import io
 import socket
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+
+from fastserve._annotations import Any, Final
 
 _MAKEFILE: Final = "makefile"  # also a key in the connection's __dict__, if it has one
 

@@ -12,15 +12,15 @@ import functools
 import os
 import selectors
 import signal
-import socketserver
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Set
-from typing import Any, Final
 
 from fastserve import _backend, _core_py, _waiting, pollers
+from fastserve._annotations import Any, Final
+from fastserve._stdlib import socketserver
 
 # The process or the system has no descriptor or no memory left for a connection: accept(2), ERRORS.
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

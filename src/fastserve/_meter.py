@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import socket
-import socketserver
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastserve._loop import STATE, Loop, State
+from fastserve._stdlib import socketserver
 from fastserve.tls import FAILED_HANDSHAKE
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import socketserver
-from typing import Any
+from fastserve._annotations import Any
+from fastserve._stdlib import socketserver
 
 
 class BeforeServer:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-import socketserver
 import sys
 from io import BufferedIOBase
-from typing import Any, Final
+
+from fastserve._annotations import Any, Final
+from fastserve._stdlib import socketserver
 
 _std: Any = socketserver  # its type stub does not list the private names
 

@@ -14,7 +14,6 @@ import sys as _sys
 import threading as _threading
 from collections import deque as _deque
 from os import register_at_fork as _register_at_fork
-from queue import Empty as _Empty
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
@@ -564,7 +563,9 @@ cdef class WorkQueue:
                         self.wake_one()
                     return item
                 if not block:
-                    raise _Empty
+                    from queue import Empty  # with heapq and two shared libraries: what few programs need
+
+                    raise Empty
                 waiter = self.spare
                 if waiter == NULL:
                     waiter = new_waiter()

@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+
+from fastserve._annotations import Any, Final
 
 
 class _Local(threading.local):

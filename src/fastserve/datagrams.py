@@ -9,16 +9,16 @@ import _socket
 import contextlib
 import os
 import socket
-import socketserver
 import sys
 import threading
 import weakref
 from collections import deque
-from typing import Any, Final
 
 from fastserve import _backend
+from fastserve._annotations import Any, Final
 from fastserve._datagrams_py import Request
 from fastserve._loop import STATE, Loop, SelectorLoop, State, watch_forks
+from fastserve._stdlib import socketserver
 from fastserve.gathering import GatheringSocket, gathering_socket
 from fastserve.handlers import OWN_OF_HANDLERS
 

@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import socket
-import socketserver
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any, Final
 from fastserve import _backend, sockets
 from fastserve._loop import SHUTDOWN_REQUEST, State
 from fastserve._order import BeforeServer
+from fastserve._stdlib import socketserver
 from fastserve.server import BaseServer
 from fastserve.workers._following import IsShutDown, following
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from fastserve import _backend, _datagrams_py
+from fastserve._annotations import Any
 
 
 class GatheringSocket(socket.socket):

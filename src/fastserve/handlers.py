@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import socketserver
 from io import BytesIO
-from typing import Any, ClassVar, Final
 
+from fastserve._annotations import TYPE_CHECKING, Any, Final
+from fastserve._stdlib import socketserver
 from fastserve.streams import writer_class
+
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 _std: Any = socketserver  # see server.py
 
@@ -58,7 +61,10 @@ class StreamRequestHandler(BaseRequestHandler, socketserver.StreamRequestHandler
 
     wbufsize = 0
 
-    timeout: ClassVar[float | None] = None
+    if TYPE_CHECKING:  # typing.get_type_hints() would ask for ClassVar
+        timeout: ClassVar[float | None] = None
+    else:
+        timeout = None
 
     disable_nagle_algorithm = False
 

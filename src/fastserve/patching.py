@@ -9,7 +9,6 @@ before, the second fails with a ``TypeError`` as soon as one class mixes both fa
 from __future__ import annotations
 
 import functools
-import socketserver
 from collections.abc import Callable
 from threading import RLock
 from types import CellType, FunctionType, TracebackType
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal
 
 from fastserve import _backend, _waiting, handlers, server
 from fastserve._loop import SHUTDOWN_REQUEST, make_all_tick
+from fastserve._stdlib import socketserver
 from fastserve.workers import _reuse, forking, greenlets, threadpool, threads
 
 Threading = Literal["thread", "greenlet"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import select
 import selectors
-import socketserver
 import sys
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
 
 from fastserve import _backend, _core_py
+from fastserve._annotations import Final, Protocol
+from fastserve._stdlib import socketserver
 
 # The class with which socketserver waits, unless somebody has put another one in its place.
 _STDLIB_SELECTOR: Final = socketserver._ServerSelector  # type: ignore[attr-defined]

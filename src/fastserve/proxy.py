@@ -12,7 +12,6 @@ import functools
 import ipaddress
 import os
 import socket
-import socketserver
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ from fastserve import server as _server
 from fastserve._loop import State
 from fastserve._order import BeforeServer
 from fastserve._proxy_protocol import DEFAULT_LIMIT, LONGEST_V1, ProxyInfo, ProxyProtocolError, ProxySSL, parse
-from fastserve.workers.greenlets import _STDLIB_GET_REQUEST, GreenletMixIn
+from fastserve._stdlib import socketserver
+from fastserve.workers.greenlets import GreenletMixIn
 
 __all__ = ["ProxyInfo", "ProxyProtocolError", "ProxyProtocolMixIn", "ProxySSL", "proxy_info"]
 
@@ -42,9 +42,6 @@ _Receive = Callable[[int, int], bytes]  # socket.recv
 
 _TRUST: Final = "_fastserve_trust"  # the key in the server's __dict__
 _PEERS: Final = 1024  # peers of which it is remembered whether they are trusted
-
-# They call the accept() of the listener, and nothing else.
-_ACCEPT: Final = (_server.TCPServer.get_request, _STDLIB_GET_REQUEST)
 
 # What the header of a connection said, while there is a reference to the connection.
 _known: Final[WeakKeyDictionary[socket.socket, ProxyInfo]] = WeakKeyDictionary()
@@ -132,14 +129,14 @@ class ProxyProtocolMixIn(BeforeServer):
         if type(listener) is socket.socket:
             return get_request()
         if tls.is_listener(listener):
-            if _function_of(get_request) in _ACCEPT:
+            if _function_of(get_request) in _server.ACCEPTING_GET_REQUESTS:
                 return tls.accept(self, False)
         elif _is_tls(listener) and listener.do_handshake_on_connect:
             if _function_of(get_request) is GreenletMixIn.get_request:
                 accept = super(GreenletMixIn, self).get_request  # type: ignore[misc]
             else:
                 accept = get_request
-            if _function_of(accept) in _ACCEPT:
+            if _function_of(accept) in _server.ACCEPTING_GET_REQUESTS:
                 raise RuntimeError(
                     "the header of the PROXY protocol comes before the handshake of TLS: wrap the listener with "
                     "do_handshake_on_connect=False"

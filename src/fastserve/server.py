@@ -9,11 +9,10 @@ the class or on the instance takes effect.
 from __future__ import annotations
 
 import socket
-import socketserver
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Self
 
 from fastserve import _backend, datagrams, pollers, sockets, tls
+from fastserve._annotations import TYPE_CHECKING, Any, Final, Self
 from fastserve._loop import (
     SHUTDOWN_REQUEST,
     STATE,
@@ -26,6 +25,7 @@ from fastserve._loop import (
     quiet_service_actions,
     retry_paused,
 )
+from fastserve._stdlib import socketserver
 
 # The modules that socketserver imports are reached through it, so that a name that is replaced there
 # (socketserver.threading, say) is replaced here. Its type stub does not list them.
@@ -468,6 +468,9 @@ class UDPServer(TCPServer, socketserver.UDPServer):
     def close_request(self, request: Any) -> None:
         """Do nothing: a datagram holds nothing to release."""
 
+
+# They call the accept() of the listener, and nothing else.
+ACCEPTING_GET_REQUESTS: Final = (TCPServer.get_request, socketserver.TCPServer.get_request)
 
 # What a failed get_request is known to mean: that accept(2) has failed.
 own_get_requests: Final[set[Any]] = {TCPServer.get_request, UDPServer.get_request}

@@ -11,15 +11,15 @@ import contextlib
 import errno
 import os
 import socket
-import socketserver
 import stat
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple, TypeVar
 
+from fastserve._annotations import TYPE_CHECKING, Any, Final
 from fastserve._loop import STATE, State
+from fastserve._stdlib import socketserver
 
 # The class of the sockets that a server makes, if no library has replaced it before this module is imported.
 _PLAIN: Final = socket.socket
@@ -42,22 +42,38 @@ def host_and_port(address: tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
-_Server = TypeVar("_Server", bound=socketserver.TCPServer)
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from fastserve.server import TCPServer
+
+    _Server = TypeVar("_Server", bound=socketserver.TCPServer)
+else:
+    _Server = socketserver.TCPServer
 
 
-class Options(NamedTuple):
+class Options:
     """The options of a listener, by their names in :class:`fastserve.TCPServer`."""
 
-    dual_stack: bool = False
-    socket_mode: int | None = None
-    socket_owner: tuple[int | str | None, int | str | None] | None = None
-    remove_stale_socket: bool = False
-    unlink_on_close: bool = False
-    tcp_nodelay: bool = False
-    keepalive: bool | tuple[int, int, int] | None = None
+    def __init__(self, server: TCPServer) -> None:
+        self.dual_stack: bool = server.dual_stack
+        self.socket_mode: int | None = server.socket_mode
+        self.socket_owner: tuple[int | str | None, int | str | None] | None = server.socket_owner
+        self.remove_stale_socket: bool = server.remove_stale_socket
+        self.unlink_on_close: bool = server.unlink_on_close
+        self.tcp_nodelay: bool = server.tcp_nodelay
+        self.keepalive: bool | tuple[int, int, int] | None = server.keepalive
 
 
-_OFF: Final = Options()
+OFF: Final = {
+    "dual_stack": False,
+    "socket_mode": None,
+    "socket_owner": None,
+    "remove_stale_socket": False,
+    "unlink_on_close": False,
+    "tcp_nodelay": False,
+    "keepalive": None,
+}
 
 
 def options_of(server: Any) -> Options | None:
@@ -69,8 +85,8 @@ def options_of(server: Any) -> Options | None:
 
     if not isinstance(server, TCPServer):
         return None
-    options = Options(*(getattr(server, name) for name in Options._fields))
-    if options == _OFF:
+    options = Options(server)
+    if vars(options) == OFF:
         return None
     for name in ("dual_stack", "remove_stale_socket", "unlink_on_close", "tcp_nodelay"):
         if not isinstance(getattr(options, name), int):  # 1 is as good as True, and allow_reuse_address often is 1
@@ -416,13 +432,15 @@ def tell_connections(server: Any) -> None:
 # Files of Unix sockets
 
 
-class SocketFile(NamedTuple):
+class SocketFile:
     """A file that a server has made."""
 
-    path: bytes
-    device: int
-    inode: int
-    process: int  # that made it
+    def __init__(self, path: bytes) -> None:
+        made = os.lstat(path)
+        self.path = os.path.abspath(path)
+        self.device = made.st_dev
+        self.inode = made.st_ino
+        self.process = os.getpid()  # that made it
 
 
 def _bind_to_file(server: Any, listener: Any, path: bytes, options: Options) -> None:
@@ -440,8 +458,7 @@ def _bind_to_file(server: Any, listener: Any, path: bytes, options: Options) -> 
             if mode is not None:
                 os.chmod(path, mode)
             if options.unlink_on_close:
-                made = os.lstat(path)
-                State.of(server).socket_file = SocketFile(os.path.abspath(path), made.st_dev, made.st_ino, os.getpid())
+                State.of(server).socket_file = SocketFile(path)
             if options.remove_stale_socket and listener.type != socket.SOCK_DGRAM:
                 # Until it listens it looks like one that is left over. server_activate() may listen again.
                 listener.listen(server.request_queue_size)
@@ -541,9 +558,9 @@ def unlink(server: Any) -> None:
     state: State | None = getattr(server, "__dict__", {}).get(STATE)
     if state is None or state.socket_file is None or state.socket_file.process != os.getpid():
         return
-    path, device, inode, _ = state.socket_file
+    made = state.socket_file
     state.socket_file = None
     with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-        found = os.lstat(path)
-        if (found.st_dev, found.st_ino) == (device, inode):
-            os.unlink(path)
+        found = os.lstat(made.path)
+        if (found.st_dev, found.st_ino) == (made.device, made.inode):
+            os.unlink(made.path)

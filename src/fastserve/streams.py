@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socketserver
 from collections.abc import Callable
 from io import BufferedIOBase
-from typing import Any, Final
 
 from fastserve import _backend
+from fastserve._annotations import Any, Final
+from fastserve._stdlib import socketserver
 
 _std: Any = socketserver  # its type stub does not list the private names
 

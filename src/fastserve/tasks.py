@@ -6,21 +6,21 @@ waits; elsewhere the calling thread does.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from fastserve import _backend, _uncaught, _waiting
+from fastserve._annotations import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from typing import ParamSpec, TypeVar
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+    _P = ParamSpec("_P")
+    _R = TypeVar("_R")
 
 # What stands for "not given" in socket.create_connection().
 _DEFAULT: Any = getattr(socket, "_GLOBAL_DEFAULT_TIMEOUT", None)
@@ -61,6 +61,8 @@ def to_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs
     It sees the context variables of the caller, in a copy, as in :func:`asyncio.to_thread`. A handler that is ended
     meanwhile does not end the thread: the function runs to its end, and its result is dropped.
     """
+    import contextvars  # a shared library, which every fork of a forking server would have to map anew
+
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
     hub = _waiting.running()
     if hub is None:

@@ -13,7 +13,6 @@ import pickle
 import select
 import signal
 import socket
-import socketserver
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from inspect import signature
 from typing import Any, Final, TypeAlias
 
 import fastserve
+from fastserve._stdlib import socketserver
 from fastserve.logs import is_to_blame
 from fastserve.workers._names import WORKERS, predefined
 from fastserve.workers.threadpool import end_pool

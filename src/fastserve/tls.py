@@ -13,11 +13,16 @@ import functools
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
 
 from fastserve import _backend
+from fastserve._annotations import TYPE_CHECKING, Any, Final
 
 _MARK: Final = "_fastserve_failed_handshake"
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
 
@@ -26,8 +31,6 @@ HANDSHAKE_LIMIT: Final = "_fastserve_handshake_timeout"
 
 # Likewise, of one whose handshake has failed.
 FAILED_HANDSHAKE: Final = "_fastserve_handshake_has_failed"
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # The classes of connections whose handshake is to be done.
 unfinished: Final[set[type]] = set()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socketserver
 import threading
 from types import MethodType
 from typing import Any
 
 from fastserve._loop import IS_SHUT_DOWN, new_event, quiet_service_actions
+from fastserve._stdlib import socketserver
 from fastserve.server import BaseServer
 
 

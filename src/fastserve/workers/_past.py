@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fastserve._annotations import Any
 
 
 def past(ours: type, theirs: type, server: object) -> Any:

@@ -6,7 +6,6 @@ import functools
 import os
 import queue
 import socket
-import socketserver
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from fastserve import _backend, _uncaught, streams
 from fastserve._loop import Loop
+from fastserve._stdlib import socketserver
 
 _std: Any = socketserver  # see server.py
 

@@ -7,12 +7,12 @@ thread and how it is handed from one request to the next are in ``_threads``.
 
 from __future__ import annotations
 
-import socketserver
 import sys
 import threading
-from typing import Any, Final
 
 from fastserve import _backend
+from fastserve._annotations import Any, Final
+from fastserve._stdlib import socketserver
 
 _std: Any = socketserver  # see server.py
 _threading: Any = threading

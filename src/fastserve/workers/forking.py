@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import socketserver
 import sys
 import time
 from collections.abc import Set
-from typing import TYPE_CHECKING, Any, Final
 
 from fastserve import pollers, tls
+from fastserve._annotations import TYPE_CHECKING, Any, Final
 from fastserve._loop import Loop, SelectorLoop, State, quiet_service_actions
+from fastserve._stdlib import socketserver
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers._past import past
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-import socketserver
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -14,14 +13,12 @@ from fastserve import _backend, _uncaught, _waiting, tls
 from fastserve._loop import Loop, State
 from fastserve._order import BeforeServer
 from fastserve.draining import REQUESTS
-from fastserve.server import BaseServer, TCPServer, UDPServer, own_get_requests
+from fastserve.server import ACCEPTING_GET_REQUESTS, BaseServer, TCPServer, UDPServer, own_get_requests
 from fastserve.workers._following import IsShutDown, following
 from fastserve.workers._watchdog import SLOW_HANDLER_SECONDS, Watchdog
 from fastserve.workers.threads import ThreadingMixIn
 
 TICK: Final = 0.05  # seconds between two looks at a hub, while another thread waits for its handlers
-
-_STDLIB_GET_REQUEST: Final = socketserver.TCPServer.get_request
 
 
 class GreenletMixIn(ThreadingMixIn, BeforeServer):
@@ -99,10 +96,7 @@ class GreenletMixIn(ThreadingMixIn, BeforeServer):
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection that lets others go on while it waits; an override that follows is called as it is."""
         get_request: Callable[[], tuple[Any, Any]] = super().get_request  # type: ignore[misc]
-        if (
-            getattr(get_request, "__func__", None) in (TCPServer.get_request, _STDLIB_GET_REQUEST)
-            and _waiting.running() is not None
-        ):
+        if getattr(get_request, "__func__", None) in ACCEPTING_GET_REQUESTS and _waiting.running() is not None:
             listener = self.socket  # type: ignore[attr-defined]
             if type(listener) is socket.socket:
                 return _backend.green().accept(listener)  # type: ignore[no-any-return]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import socketserver
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
 
 from fastserve import _backend, tls
+from fastserve._annotations import Any, Final
+from fastserve._stdlib import socketserver
 from fastserve.server import TCPServer, UDPServer
 from fastserve.workers import _reuse
 from fastserve.workers._past import past
