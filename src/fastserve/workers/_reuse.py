@@ -23,6 +23,9 @@ _STARTER: Final = next((name for name in _STARTERS if hasattr(threading, name)),
 _ORIGINALS: Final = (threading.Thread, threading.Thread.start, _STARTER and getattr(threading, _STARTER))
 # Private names of threading that the light Thread stands on; without one of them no thread is used again.
 _NEEDED: Final = ("_active", "_counter", "_make_invoke_excepthook", "_profile_hook", "_register_atexit", "_trace_hook")
+# What threading has of an operating-system thread from 3.13 on; another name since 3.14.
+_HANDLES: Final = ("_os_thread_handle", "_handle")
+_HANDLE: Final = next((name for name in _HANDLES if hasattr(threading.main_thread(), name)), None)
 
 
 def _is_usable() -> bool:
@@ -33,6 +36,7 @@ def _is_usable() -> bool:
         # What was replaced before this import is among the originals here.
         and not _backend.monkey_patched()
         and all(hasattr(threading, name) for name in _NEEDED)
+        and hasattr(threading, "_make_thread_handle") == (_HANDLE is not None)
         # The context of the thread that starts another is inherited then, which no thread used again does.
         and not getattr(sys.flags, "thread_inherit_context", False)
     )
@@ -57,7 +61,6 @@ if _is_usable():
         _args = ()
         _kwargs: dict[str, Any] = {}
         _tstate_lock: Any = None
-        _handle: Any = None
         _started.set()
 
         @property
@@ -86,7 +89,7 @@ if _is_usable():
                 self.mark_stopped()
             else:
                 self._ident = new_ident
-                self._handle = _threading._make_thread_handle(new_ident)
+                setattr(self, str(_HANDLE), _threading._make_thread_handle(new_ident))
 
     RequestThread = _RequestThread
 
