@@ -18,6 +18,9 @@ idle_memory  bytes of resident memory for each of 1,000 and of 10,000 connection
 sigterm      milliseconds from SIGTERM to the end of the process, whose handler calls shutdown() in a thread.
 start        milliseconds that "import" takes beyond the start of the interpreter, and until a server accepts, both
              for the whole process; kilobytes of the extension modules.
+fork         microseconds of CPU time of a forking server and its children for each connection, in a process that has
+             loaded nothing else, and how many times that of the stdlib, the median of paired rounds: fork(2) copies the
+             page tables of all that is loaded.
 leaks        descriptors, threads and child processes more than before, after N connections of which every tenth
              raises in its handler.
 """
@@ -38,6 +41,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +274,66 @@ def measure_start(implementation: str, options: argparse.Namespace) -> dict[str,
     return {"import_ms": imported - bare, "serving_ms": served - bare, "extensions_kb": round(size / 1024)}
 
 
+FORKING = """
+import resource, sys, threading
+import {module} as module
+class Handler(module.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(self.request.recv(64))
+class Server(module.ForkingTCPServer):
+    request_queue_size = 128
+def stop():
+    sys.stdin.read()
+    server.shutdown()
+with Server(("127.0.0.1", 0), Handler) as server:
+    print(server.server_address[1], flush=True)
+    threading.Thread(target=stop).start()
+    server.serve_forever()
+usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(sum(usage.ru_utime + usage.ru_stime for usage in usages))
+"""
+FORK_ROUNDS = 9
+FORK_CLIENTS = 8
+FORK_CONNECTIONS = 50  # of each client
+
+
+def fork_cpu(implementation: str) -> float:
+    """Return the microseconds of CPU time that a forking server takes for a connection."""
+    module = "socketserver" if implementation == "stdlib" else "fastserve"
+    program = [sys.executable, "-c", FORKING.format(module=module)]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(implementation)
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        address = ("127.0.0.1", int(server.stdout.readline()))
+
+        def talk() -> None:
+            for _ in range(FORK_CONNECTIONS):
+                with socket.create_connection(address, timeout=30) as client:
+                    client.sendall(b"hello")
+                    assert client.recv(64) == b"hello"
+                    assert client.recv(1) == b""
+
+        try:
+            with ThreadPoolExecutor(FORK_CLIENTS) as clients:
+                for done in [clients.submit(talk) for _ in range(FORK_CLIENTS)]:
+                    done.result()
+            server.stdin.close()
+            return float(server.stdout.read()) * 1e6 / (FORK_CLIENTS * FORK_CONNECTIONS)
+        except BaseException:
+            server.kill()
+            raise
+
+
+def measure_fork(implementation: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a connection costs a forking server, and the stdlib's in turns with it."""
+    pairs = [(fork_cpu("stdlib"), fork_cpu(implementation)) for _ in range(FORK_ROUNDS)]
+    return {
+        "cpu_us": statistics.median(own for _, own in pairs),
+        "times_stdlib": statistics.median(own / stdlib for stdlib, own in pairs),
+    }
+
+
 COSTS = {
     "shutdown": measure_shutdown,
     "idle": measure_idle,
@@ -278,6 +342,7 @@ COSTS = {
     "idle_memory": measure_idle_memory,
     "sigterm": measure_sigterm,
     "start": measure_start,
+    "fork": measure_fork,
     "leaks": measure_leaks,
 }
 

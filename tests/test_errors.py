@@ -158,7 +158,8 @@ def test_errors_leave_no_descriptor(impl: str, capsys: pytest.CaptureFixture[str
     with serving(server, 30.0):
         assert talk(server.server_address, b"hello\n") == b"hello\n"
         server.socket.shutdown(socket.SHUT_RDWR)
-        wait_until(lambda: "cannot accept" in capsys.readouterr().err)
+        wait_until(lambda: _loop.paused)
+        assert "cannot accept" in capsys.readouterr().err
     assert open_descriptors() == before
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 import fastserve
-from fastserve import proxy
+from fastserve import _backend, proxy
 from fastserve import server as server_module
 from proxy_support import LOCAL, V1, V1_CLIENT, V2, V2_LOCAL, binary, ipv4, ipv6, tlv, unix, with_checksum
 from support import LIMIT, open_descriptors, serving, wait_until
@@ -463,7 +463,7 @@ def test_the_loop_runs_in_c_as_without_the_mix_in(impl: str) -> None:
 
     with serving(server_of("", Handler)) as server:
         assert ask(server, V1)
-    assert ("_handle_request_noblock" in seen) is (impl == "py")
+    assert ("_handle_request_noblock" in seen) is (_backend.turns is None)
 
 
 def test_errors_of_accept_are_those_of_the_servers_own_get_request() -> None:
@@ -671,6 +671,10 @@ def test_a_reset_of_the_client_is_no_error(worker: str, capfd: pytest.CaptureFix
 
 
 def test_a_hundred_refused_connections_leave_nothing(worker: str, capfd: pytest.CaptureFixture[str]) -> None:
+    gc.collect()
+    known = len(
+        proxy._known
+    )  # 3.13 without the GIL frees no class that a test has defined, nor what its functions refer to
     with serving(server_of(worker, reuse_threads=False, proxy_header_timeout=LIMIT)) as server:
         assert ask(server, V1)
         before = open_descriptors()
@@ -679,7 +683,7 @@ def test_a_hundred_refused_connections_leave_nothing(worker: str, capfd: pytest.
         assert ask(server, V1)
         wait_until(lambda: open_descriptors() <= before)
         # Earlier tests may have left a connection in a cycle of references.
-        wait_until(lambda: gc.collect() >= 0 and not len(proxy._known))
+        wait_until(lambda: gc.collect() >= 0 and len(proxy._known) <= known)
     assert capfd.readouterr().err == ""
 
 

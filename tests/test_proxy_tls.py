@@ -183,7 +183,7 @@ import socketserver, fastserve
 fastserve.patch()
 import fastserve.proxy
 fastserve.unpatch()
-assert socketserver.TCPServer.get_request in fastserve.proxy._ACCEPT
+assert socketserver.TCPServer.get_request in fastserve.server.ACCEPTING_GET_REQUESTS
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

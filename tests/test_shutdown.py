@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import fastserve
+from fastserve import _backend
 from isolated import run_isolated
 from support import open_descriptors, serving, talk, wait_until
 
@@ -357,6 +358,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
+@pytest.mark.skipif(not _backend.has_gil(), reason="every loop ticks without the GIL")
 @pytest.mark.parametrize("where", ["main", "thread"])
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "ForkingTCPServer"])
 def test_an_idle_server_sleeps_until_something_happens(impl: str, name: str, where: str) -> None:

@@ -100,7 +100,9 @@ class Loop:
         patched = _backend.monkey_patched()
         core = _core_py if patched else _backend.core
         in_main_thread = self.owner == threading.main_thread().ident
-        self.ticks = self.ticks or patched
+        # Without the GIL an object is freed by the thread that has made it, when that thread runs. Connections are made
+        # here, and mostly let go of by others.
+        self.ticks = self.ticks or patched or not _backend.has_gil()
         hub = _waiting.running()
         # A hub is the poller of the server that it runs for: who waits for the listener lets handlers go on.
         self._poller = hub if hub is not None and hub.server is self._server else pollers.new_poller()
