@@ -273,6 +273,17 @@ def test_a_worker_does_not_wait_for_idle_clients(impl: str, name: str, tmp_path:
         assert server.ended() == 0 and not server.workers() and server.errors() == ""
 
 
+@pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer"])
+def test_a_worker_that_has_not_seen_the_signal_is_told_again(impl: str, name: str, tmp_path: Path) -> None:
+    # One that comes just before recv(2) does not interrupt it.
+    options = {"kept": True, "graceful_timeout": ENDLESS, "workers": 1, "deaf": True}
+    with program(tmp_path, impl, name, **options) as server, server.connect() as client:
+        assert exchange(client, "pid")
+        server.send(signal.SIGTERM)
+        assert client.recv(1) == b""
+        assert server.ended() == 0 and server.errors() == ""
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_worker_ends_what_runs_and_then_its_connection(impl: str, name: str, tmp_path: Path) -> None:
     options = {"kept": True, "graceful_timeout": ENDLESS, "workers": 1}

@@ -24,6 +24,7 @@ from fastserve.workers import _worker
 FIRST_DELAY: Final = 0.1  # seconds until a worker is started again that ended before it was ready; doubled each time
 LONGEST_DELAY: Final = 5.0  # seconds
 CUT: Final = 1.0  # seconds that a worker has to end when it is to do so at once
+AGAIN: Final = 0.5  # seconds until a worker is told again to end; doubled each time
 KILLED: Final = float("inf")  # the deadline of a worker that was killed
 NAP: Final = 0.02  # seconds between two looks at the workers, where the kernel does not tell of their end
 
@@ -42,6 +43,8 @@ class Worker:
         self.asked = False  # whether an answer is awaited
         self.row = 0  # in which it counts, if the server has a meter
         self.deadline: float | None = None  # time.monotonic() at which it is killed; it was told to end
+        self.pause = AGAIN  # seconds until it is told again
+        self.again: float | None = None  # time.monotonic() at which that is
 
 
 class Supervisor:
@@ -185,7 +188,9 @@ class Supervisor:
 
     def _timeout(self) -> float | None:
         """Return how many seconds the loop may wait."""
-        times = [worker.deadline for worker in self.workers.values() if worker.deadline is not None]
+        times = [
+            time for worker in self.workers.values() for time in (worker.deadline, worker.again) if time is not None
+        ]
         if self._start_at > time.monotonic():
             times.append(self._start_at)
         patience: float | None = self.server.worker_timeout
@@ -246,6 +251,8 @@ class Supervisor:
                     _say(f"worker {worker.pid} has not ended in time, and is killed")
                     self.killed += self._ends
                     self._kill(worker)
+                elif worker.again is not None and now >= worker.again:
+                    self._tell_to_end(worker)
             elif patience is not None:
                 if (worker.asked or not worker.ready) and now >= worker.heard + patience:
                     _say(f"worker {worker.pid} has not answered for {patience:g} s, and is killed")
@@ -298,7 +305,17 @@ class Supervisor:
             worker.deadline = time.monotonic() + (self.server.graceful_timeout if self._grace is None else self._grace)
             if self._meter is not None:
                 self._meter.ends(worker.row)
-            _send(worker, signal.SIGTERM)
+            self._tell_to_end(worker)
+
+    def _tell_to_end(self, worker: Worker) -> None:
+        """Send the signal, and again after a while, which grows.
+
+        One that comes just before a call of the kernel does not interrupt it, and Python would see to it afterwards: a
+        worker whose loop handles the requests would wait for its client.
+        """
+        _send(worker, signal.SIGTERM)
+        worker.again = time.monotonic() + worker.pause
+        worker.pause *= 2
 
     def drain(self, seconds: float) -> None:
         """Have workers that are to end do so in that time. Any thread may call it, and a signal handler."""
@@ -311,6 +328,7 @@ class Supervisor:
 
     def _kill(self, worker: Worker) -> None:
         worker.deadline = KILLED
+        worker.again = None
         _send(worker, signal.SIGKILL)
 
     def _end_all(self, at_once: bool) -> None:
@@ -320,6 +338,7 @@ class Supervisor:
             for worker in self.workers.values():
                 if at_once:
                     worker.deadline = time.monotonic() + CUT
+                    worker.again = None
                     _send(worker, signal.SIGINT)
                 else:
                     self._end(worker)
