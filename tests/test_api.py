@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import os
 import selectors
@@ -67,6 +68,10 @@ def test_every_public_name_is_there() -> None:
 
 def test_extensions_are_the_names_that_socketserver_has_not() -> None:
     assert set(fastserve.__extensions__) == set(fastserve.__all__) - set(NAMES) - set(PREDEFINED)
+
+
+def test_the_version_is_that_of_fastserve() -> None:
+    assert fastserve.__version__ == importlib.metadata.version("fastserve")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -233,7 +238,7 @@ import fastserve
 print(sorted(name for name in set(sys.modules) - before if not name.startswith(("fastserve", "_cython", "cython"))))
 print(sorted(name for name in sys.modules if name.startswith("fastserve.workers.")))
 """
-    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
     beside, workers = (ast.literal_eval(line) for line in done.stdout.splitlines())
     assert {name.partition(".")[0] for name in beside} <= ALLOWED_BESIDE

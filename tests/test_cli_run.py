@@ -24,7 +24,7 @@ import json, os, sys, threading
 main_module = sys.modules["__main__"]
 spec = __spec__ and [__spec__.name, __spec__.origin]
 print(json.dumps([
-    __name__, sys.argv, sys.path, __file__, __cached__ and "cached", __package__, spec, __doc__,
+    __name__, sys.argv, sys.path, __file__, globals().get("__cached__") and "cached", __package__, spec, __doc__,
     type(__loader__).__name__, __loader__.get_filename("__main__") if __spec__ is None else None,
     main_module.__dict__ is globals(), type(__builtins__).__name__, sorted(set(vars()) - {"__annotations__"}),
     sys.stdin.read(), os.getcwd(),

@@ -277,7 +277,8 @@ class TCPServer(BaseServer, socketserver.TCPServer):
 
     :cvar address_family: the family of the listener, ``socket.AF_INET`` by default.
     :cvar socket_type: the type of the listener, ``socket.SOCK_STREAM``.
-    :cvar request_queue_size: connections that the kernel keeps until they are accepted, 5 by default; listen(2).
+    :cvar request_queue_size: connections that the kernel keeps until they are accepted, by default as many as in the
+        stdlib: 5, and ``socket.SOMAXCONN`` from Python 3.15 on; listen(2).
     :cvar allow_reuse_address: whether the listener is bound with ``SO_REUSEADDR``, ``False`` by default.
     :cvar allow_reuse_port: whether an IP listener is bound with ``SO_REUSEPORT``, ``False`` by default.
     :cvar dual_stack: whether a listener for IPv6 takes IPv4 too (``IPV6_V6ONLY`` is 0, ipv6(7)), ``False`` by default.
@@ -303,7 +304,7 @@ class TCPServer(BaseServer, socketserver.TCPServer):
 
     socket_type: int = socket.SOCK_STREAM
 
-    request_queue_size = 5
+    request_queue_size = socketserver.TCPServer.request_queue_size
 
     allow_reuse_address = False
 

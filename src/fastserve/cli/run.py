@@ -91,7 +91,8 @@ def _run_script(script: str, rest: list[str]) -> None:
         raise UsageError(f"cannot open {path!r}: {error.strerror}") from None
     code: Any = loader.get_code("__main__") if path.endswith(".pyc") else loader.source_to_code(source, path)
     put_first_in_path(os.path.dirname(os.path.realpath(path)))
-    exec(code, _new_main(__file__=path, __cached__=None, __loader__=loader))
+    cached = {} if sys.version_info >= (3, 15) else {"__cached__": None}
+    exec(code, _new_main(__file__=path, __loader__=loader, **cached))
 
 
 def _run_module(name: str, alter_argv: bool) -> None:
