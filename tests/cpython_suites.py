@@ -7,8 +7,8 @@ applies ``fastserve.patch()``, and ``--as greenlets`` applies ``fastserve.patch(
 mostly wait, and run side by side. A test that fails counts only if it fails again when its suite is run once more and
 alone, because some suites look at the clock; and if it passes on the plain stdlib, on the same Python and machine. What
 is left decides the exit status.
-``MiscTestCase.test_all`` and ``TestModule.test_deprecated__version__`` of test_socketserver ask for the module's name and
-version, and may differ under ``--as module``.
+``MiscTestCase.test_all`` and ``TestModule.test_deprecated__version__`` of test_socketserver ask for the module's name
+and version, and may differ under ``--as module``.
 """
 
 from __future__ import annotations

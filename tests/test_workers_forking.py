@@ -93,9 +93,16 @@ os.register_at_fork = note
 import fastserve
 
 def serve(name):
-    with getattr(fastserve, name)(("127.0.0.1", 0), fastserve.BaseRequestHandler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+    goes_round = threading.Event()
+
+    class Server(getattr(fastserve, name)):
+        def service_actions(self):
+            goes_round.set()
+
+    with Server(("127.0.0.1", 0), fastserve.BaseRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
+        goes_round.wait()
         server.shutdown()
         thread.join()
 
