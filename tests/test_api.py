@@ -71,7 +71,11 @@ def test_extensions_are_the_names_that_socketserver_has_not() -> None:
 
 
 def test_the_version_is_that_of_fastserve() -> None:
-    assert fastserve.__version__ == importlib.metadata.version("fastserve")
+    try:
+        installed = importlib.metadata.version("fastserve")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastserve is imported from its sources, and not installed")
+    assert fastserve.__version__ == installed
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
