@@ -55,9 +55,9 @@ def read_line(rfile: BinaryIO) -> bytes:
 
 def read_number(text: bytes, limit: int, what: str) -> int:
     """Return the number in a header. Raises ``ProtocolError`` if it is none, or beyond the limit."""
-    if not text.isdigit() or len(text) > 10 or int(text) > limit:
-        raise ProtocolError(f"invalid {what} length")
-    return int(text)
+    if text.isdigit() and len(text) <= 10 and (number := int(text)) <= limit:
+        return number
+    raise ProtocolError(f"invalid {what} length")
 
 
 def read_request(rfile: BinaryIO) -> list[bytes]:
@@ -210,13 +210,13 @@ class RespHandler(socketserver.StreamRequestHandler):
 
     def do(self, name: bytes, arguments: list[bytes]) -> Reply:
         """Run a command and return what it answers. Raises ``CommandError``."""
-        shown = name[:SHOWN].decode(errors="replace")
-        if name not in self.commands:
-            raise CommandError(f"unknown command '{shown}'")
-        least, most, run = self.commands[name]
-        if not least <= len(arguments) <= most:
-            raise CommandError(f"wrong number of arguments for '{shown.lower()}' command")
-        return run(*arguments)
+        found = self.commands.get(name)
+        if found is None:
+            raise CommandError(f"unknown command '{name[:SHOWN].decode(errors='replace')}'")
+        least, most, run = found
+        if least <= len(arguments) <= most:
+            return run(*arguments)
+        raise CommandError(f"wrong number of arguments for '{name.decode().lower()}' command")
 
 
 class RespServer(socketserver.ThreadingTCPServer):
