@@ -295,8 +295,11 @@ def test_a_child_that_a_task_has_forked_ends_with_its_task(hub: Any, pair: tuple
         except BaseException:
             os._exit(1)
 
+    staying: list[Any] = []
+
     def stays() -> None:
-        hub.park(0.3)
+        staying.append(hub.this())
+        hub.park(LIMIT)
 
     hub.start(stays)
     hub.start(task)
@@ -307,6 +310,7 @@ def test_a_child_that_a_task_has_forked_ends_with_its_task(hub: Any, pair: tuple
     other_end.sendall(b"x")
     assert hub.wait(LIMIT) == [other.fileno()]
     assert hub.active == 1
+    hub.wake(staying[0])
     finish(hub)
     hub.unregister(other.fileno())
     other.close()
