@@ -2,12 +2,19 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 import fastserve
+
+# The package does without typing, whose names are those of object there: signatures are to show what the sources say.
+for module in [module for name, module in sys.modules.items() if name.startswith("fastserve")]:
+    for name in ("Any", "Final", "Self"):
+        if vars(module).get(name) is object:
+            setattr(module, name, getattr(typing, name))
 
 project = "fastserve"
 author = "the fastserve developers"
