@@ -6,6 +6,7 @@ import os
 import selectors
 import signal
 import socket
+import socketserver
 import threading
 import time
 from types import ModuleType
@@ -437,7 +438,7 @@ def test_mock_replaces_the_socket_through_the_module(impl: str, imported_as: str
         server = fastserve.TCPServer(("192.0.2.1", 80), None)
     made.assert_called_once_with(socket.AF_INET, socket.SOCK_STREAM)
     listener.bind.assert_called_once_with(("192.0.2.1", 80))
-    listener.listen.assert_called_once_with(5)
+    listener.listen.assert_called_once_with(socketserver.TCPServer.request_queue_size)
     assert server.server_address == ("192.0.2.1", 80)
     server.server_close()
     listener.close.assert_called_once_with()

@@ -6,6 +6,7 @@ import io
 import os
 import select
 import socket
+import socketserver
 import ssl
 import threading
 from types import ModuleType
@@ -148,7 +149,7 @@ def test_bind_goes_through_the_socket_object(module: ModuleType) -> None:
         mock.call.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
         mock.call.bind(("192.0.2.1", 80)),
         mock.call.getsockname(),
-        mock.call.listen(5),
+        mock.call.listen(socketserver.TCPServer.request_queue_size),
         mock.call.close(),
     ]
     assert server.server_address == ("192.0.2.1", 8080)

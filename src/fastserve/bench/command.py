@@ -139,13 +139,13 @@ def measure(
 def probe_all(servers: Mapping[str, ServerProcess], load: Load) -> dict[str, Answers]:
     """Probe each server twice, at different times, and return all its answers."""
     first: dict[str, Answers] = {}
-    asked = {}
+    answered = {}
     for name, server in servers.items():
-        asked[name] = time.monotonic()
         first[name] = probe(server, load)
+        answered[name] = time.monotonic()
     found = {}
     for name, server in servers.items():
-        time.sleep(max(asked[name] + BETWEEN_PROBES - time.monotonic(), 0))
+        time.sleep(max(answered[name] + BETWEEN_PROBES - time.monotonic(), 0))
         second = probe(server, replace(load, pipeline=1))
         found[name] = Answers(first[name].texts + second.texts, first[name].keeps and second.keeps)
     return found
