@@ -55,25 +55,20 @@ else:
 class Options:
     """The options of a listener, by their names in :class:`fastserve.TCPServer`."""
 
+    dual_stack: bool = False
+    socket_mode: int | None = None
+    socket_owner: tuple[int | str | None, int | str | None] | None = None
+    remove_stale_socket: bool = False
+    unlink_on_close: bool = False
+    tcp_nodelay: bool = False
+    keepalive: bool | tuple[int, int, int] | None = None
+
     def __init__(self, server: TCPServer) -> None:
-        self.dual_stack: bool = server.dual_stack
-        self.socket_mode: int | None = server.socket_mode
-        self.socket_owner: tuple[int | str | None, int | str | None] | None = server.socket_owner
-        self.remove_stale_socket: bool = server.remove_stale_socket
-        self.unlink_on_close: bool = server.unlink_on_close
-        self.tcp_nodelay: bool = server.tcp_nodelay
-        self.keepalive: bool | tuple[int, int, int] | None = server.keepalive
+        for name in OFF:
+            setattr(self, name, getattr(server, name))
 
 
-OFF: Final = {
-    "dual_stack": False,
-    "socket_mode": None,
-    "socket_owner": None,
-    "remove_stale_socket": False,
-    "unlink_on_close": False,
-    "tcp_nodelay": False,
-    "keepalive": None,
-}
+OFF: Final = {name: value for name, value in vars(Options).items() if not name.startswith("_")}
 
 
 def options_of(server: Any) -> Options | None:

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from fastserve import _backend
 from fastserve._annotations import TYPE_CHECKING, Any, Final
 
-_MARK: Final = "_fastserve_failed_handshake"
-
 if TYPE_CHECKING:
     from typing import TypeVar
 
     _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+_MARK: Final = "_fastserve_failed_handshake"
 
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds, where a server says nothing else
 

@@ -188,9 +188,7 @@ class Supervisor:
 
     def _timeout(self) -> float | None:
         """Return how many seconds the loop may wait."""
-        times = [
-            time for worker in self.workers.values() for time in (worker.deadline, worker.again) if time is not None
-        ]
+        times = [at for worker in self.workers.values() for at in (worker.deadline, worker.again) if at is not None]
         if self._start_at > time.monotonic():
             times.append(self._start_at)
         patience: float | None = self.server.worker_timeout
