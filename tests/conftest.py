@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +15,16 @@ from types import ModuleType
 import pytest
 
 import fastserve
+from children import FORK_BESIDE_THREADS
 from fastserve import _backend, _core_py, _datagrams_py, _streams_py, limits
 from support import LIMIT
+
+if sys.version_info >= (3, 15):
+
+    def pytest_configure(config: pytest.Config) -> None:
+        """Let tests have threads when their forking servers fork: before, Python did not raise that warning."""
+        config.addinivalue_line("filterwarnings", FORK_BESIDE_THREADS)
+
 
 pytest_plugins = ["cli_support", "hub_support", "sockets_support"]
 
