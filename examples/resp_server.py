@@ -29,6 +29,10 @@ REQUEST_LIMIT = 8 * 1024 * 1024  # bytes of all of them
 INTEGER_LIMIT = 1 << 63  # integers are signed, of 64 bits
 SHOWN = 64  # characters of an unknown command that its error repeats
 
+# The headers that nearly every request has. To look one up takes a third of the time that it takes to read it.
+COUNTS = {b"*%d\r\n" % count: count for count in range(10)}
+SIZES = {b"$%d\r\n" % size: size for size in range(1000)}
+
 Reply = None | int | str | bytes | list[bytes]
 
 
@@ -43,9 +47,8 @@ class CommandError(Exception):
 # --- the protocol -------------------------------------------------------------------------------------------
 
 
-def read_line(rfile: BinaryIO) -> bytes:
-    """Return the next line without its end. Raises ``EOFError``, ``ProtocolError``."""
-    line = rfile.readline(LINE_LIMIT)
+def whole_line(line: bytes) -> bytes:
+    """Return a line that was read without its end. Raises ``EOFError``, ``ProtocolError``."""
     if line.endswith(b"\n"):
         return line.rstrip(b"\r\n")
     if len(line) == LINE_LIMIT:
@@ -60,42 +63,54 @@ def read_number(text: bytes, limit: int, what: str) -> int:
     raise ProtocolError(f"invalid {what} length")
 
 
+def read_size(header: bytes, limit: int) -> int:
+    """Return the size of a bulk string. Raises ``EOFError`` and ``ProtocolError``."""
+    line = whole_line(header)
+    if not line.startswith(b"$"):
+        raise ProtocolError("expected '$'")
+    return read_number(line[1:], limit, "bulk")
+
+
 def read_request(rfile: BinaryIO) -> list[bytes]:
     """Return the words of the next request, inline or array; none if it is empty.
 
     Raises ``EOFError`` and ``ProtocolError``.
     """
-    line = read_line(rfile)
-    if not line.startswith(b"*"):
-        return line.split()
+    first = rfile.readline(LINE_LIMIT)
+    count = COUNTS.get(first)
+    if count is None:
+        line = whole_line(first)
+        if not line.startswith(b"*"):
+            return line.split()
+        # "*-1" is an empty request too, from clients of old.
+        count = 0 if line == b"*-1" else read_number(line[1:], PARTS_LIMIT, "multibulk")
     words = []
     left = REQUEST_LIMIT
-    # "*-1" is an empty request too, from clients of old.
-    for _ in range(0 if line == b"*-1" else read_number(line[1:], PARTS_LIMIT, "multibulk")):
-        header = read_line(rfile)
-        if not header.startswith(b"$"):
-            raise ProtocolError("expected '$'")
-        size = read_number(header[1:], left, "bulk")
+    for _ in range(count):
+        header = rfile.readline(LINE_LIMIT)
+        size = SIZES.get(header)
+        if size is None or size > left:
+            size = read_size(header, left)
         left -= size
         word = rfile.read(size + 2)
-        if len(word) < size + 2:
-            raise EOFError
-        if not word.endswith(b"\r\n"):
+        if word[size:] != b"\r\n":
+            if len(word) < size + 2:
+                raise EOFError
             raise ProtocolError("a bulk string does not end where it says")
-        words.append(word[:-2])
+        words.append(word[:size])
     return words
 
 
 def encode(reply: Reply) -> bytes:
     """Return a reply as it is sent: text is a status, bytes are data."""
+    if isinstance(reply, bytes):
+        return b"$%d\r\n%s\r\n" % (len(reply), reply)
+    if isinstance(reply, str):
+        return b"+%s\r\n" % reply.encode()
     if reply is None:
         return b"$-1\r\n"
     if isinstance(reply, int):
         return b":%d\r\n" % reply
-    if isinstance(reply, str):
-        return b"+%s\r\n" % reply.encode()
-    if isinstance(reply, bytes):
-        return b"$%d\r\n%s\r\n" % (len(reply), reply)
     return b"*%d\r\n%s" % (len(reply), b"".join(map(encode, reply)))
 
 
