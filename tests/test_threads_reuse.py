@@ -10,6 +10,7 @@ import signal
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -26,6 +27,7 @@ needs_reuse = pytest.mark.skipif("c" not in TWINS, reason="no thread is used aga
 
 if "c" in TWINS:
     from fastserve import _threads
+    from fastserve.workers import _reuse
 
 local = threading.local()
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -79,11 +81,22 @@ def test_no_request_sees_a_context_that_another_left(module: ModuleType) -> None
     def handle(handler: Any) -> Any:
         seen = variable.get(), decimal.getcontext().prec
         variable.set("left behind")
-        decimal.getcontext().prec = 3
+        decimal.setcontext(decimal.Context(prec=3))  # an inherited one belongs to the threads that share it, as well
         return seen
 
     with serving(server_of(module, handle)) as server:
         assert answers(server, 20) == [repr(("unset", decimal.DefaultContext.prec))] * 20
+
+
+def test_a_request_begins_with_the_context_that_a_new_thread_has(module: ModuleType) -> None:
+    expected = "of the serving thread" if getattr(sys.flags, "thread_inherit_context", False) else "unset"
+
+    def serve_forever(server: Any, poll_interval: float = 0.5) -> None:
+        variable.set("of the serving thread")
+        module.ThreadingTCPServer.serve_forever(server, poll_interval)
+
+    with serving(server_of(module, lambda handler: variable.get(), serve_forever=serve_forever)) as server:
+        assert answers(server, 5) == [repr(expected)] * 5
 
 
 def test_no_request_sees_a_trace_function_that_another_left(module: ModuleType) -> None:
@@ -425,6 +438,26 @@ def implementations() -> list[str]:
     return sorted(TWINS)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="threads do not inherit a context before Python 3.14")
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_request_inherits_the_context_where_that_is_asked_for(implementation: str, tmp_path: Path) -> None:
+    body = """
+import contextvars
+variable = contextvars.ContextVar("variable", default="unset")
+def handle(self):
+    self.wfile.write(variable.get().encode())
+    variable.set("left behind")
+server = serve(handle, daemon_threads=True)
+variable.set("of the main thread")
+server.serve_forever()
+"""
+    for inherits, expected in ("0", b"unset"), ("1", b"of the main thread"):
+        arguments = ["-X", f"thread_inherit_context={inherits}", *program(body)]
+        with child(implementation, tmp_path, arguments) as process:
+            address = ("127.0.0.1", process.port())
+            assert [talk(address, b"") for _ in range(3)] == [expected] * 3
+
+
 @pytest.mark.parametrize("implementation", implementations())
 def test_the_interpreter_waits_for_running_requests_and_not_for_idle_threads(
     implementation: str, tmp_path: Path
@@ -448,6 +481,58 @@ begun.wait(60)
         assert talk(address, b"slow\n") == b"slow\n"
         assert process.line() == "the slow request has ended"
         assert process.end() == ""
+
+
+@needs_reuse
+def test_the_end_waits_for_what_a_request_has_begun_meanwhile() -> None:
+    """Whichever threads they are in: each of these jobs begins the next one."""
+    assert _reuse.is_possible()
+    ended: list[int] = []
+
+    def job(left: int) -> None:
+        time.sleep(0.005)
+        if left:
+            _reuse.RequestThread(job, (left - 1,), False).start()
+        ended.append(left)
+
+    for _ in range(5):
+        ended.clear()
+        _reuse.RequestThread(job, (20,), False).start()
+        _threads.join_all()
+        assert sorted(ended) == list(range(21))
+
+
+@needs_reuse
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_where_no_thread_can_be_started_one_that_another_server_has_is_used(tmp_path: Path) -> None:
+    body = """
+import resource
+together = threading.Barrier(4)
+threads = set()
+def handle(self):
+    line = self.rfile.readline()
+    if line == b"together\\n":
+        together.wait(60)
+        threads.add(threading.get_native_id())
+    elif line == b"no more\\n":
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20),) * 2)
+    self.wfile.write(b"%d" % (threading.get_native_id() in threads))
+servers = [serve(handle, daemon_threads=True) for _ in range(8)]
+for server in servers[1:]:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+servers[0].serve_forever()
+"""
+    with child("c", tmp_path, program(body)) as process:
+        addresses = [("127.0.0.1", process.port()) for _ in range(8)]
+        # Four, so that one is idle although another has not come to rest yet.
+        clients = [threading.Thread(target=talk, args=(addresses[0], b"together\n")) for _ in range(4)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        assert talk(addresses[0], b"no more\n") == b"1"
+        assert [talk(address, b"and you\n") for address in addresses] == [b"1"] * 8
 
 
 @pytest.mark.parametrize("implementation", implementations())

@@ -23,7 +23,7 @@ from fastserve._errors cimport error_of
 from fastserve._hooks cimport (
     PyObject_GenericGetDict, _PyType_Lookup, fs_finds_attributes_plainly, fs_type_of, fs_version_of,
 )
-from fastserve._locks cimport PyThread_get_thread_ident, fs_owner, fs_set_owner
+from fastserve._locks cimport PyThread_get_thread_ident, fs_number, fs_set_number
 from fastserve._syscalls cimport (
     AF_INET, AF_INET6, AF_UNIX, MSG_TRUNC, POLLOUT, fs_can_segment, fs_control, fs_mmsghdr, fs_poll, fs_recvmmsg,
     fs_segment, fs_sendmmsg, htonl, htons, inet_pton, iovec, pollfd, sockaddr_in, sockaddr_in6, sockaddr_storage,
@@ -366,8 +366,8 @@ cdef class Gatherer:
 
     def begin(self):
         with cython.critical_section(self):  # of two loops of a server one gathers
-            if not fs_owner(&self._thread):
-                fs_set_owner(&self._thread, PyThread_get_thread_ident())
+            if not fs_number(&self._thread):
+                fs_set_number(&self._thread, PyThread_get_thread_ident())
 
     def end(self):
         if not self._is_own():
@@ -378,10 +378,10 @@ cdef class Gatherer:
             self.flush()  # a handler of signals or errors has raised; the other replies go out all the same
             raise
         finally:
-            fs_set_owner(&self._thread, 0)
+            fs_set_number(&self._thread, 0)
 
     def forget(self):
-        fs_set_owner(&self._thread, 0)
+        fs_set_number(&self._thread, 0)
         self._flushing = False
         self._first = self._count = self._alone = 0
         self._replies = [None] * MOST
@@ -416,7 +416,7 @@ cdef class Gatherer:
 
     cdef inline bint _is_own(self) noexcept:
         """Return whether the calling thread gathers. Nothing else may be looked at if not."""
-        return fs_owner(&self._thread) == PyThread_get_thread_ident()
+        return fs_number(&self._thread) == PyThread_get_thread_ident()
 
     cdef object _pass_on(self, object data, object flags, object address):
         if address is _absent:

@@ -28,15 +28,22 @@ cdef extern from *:
     static inline void fs_clear_flag(int *flag) { __atomic_store_n(flag, 0, __ATOMIC_RELEASE); }
     /* Set a flag, and return whether it was set already. */
     static inline int fs_test_and_set(int *flag) { return __atomic_exchange_n(flag, 1, __ATOMIC_ACQ_REL); }
-    /* The thread that something belongs to, or 0: the next owner finds what the last one has done with it. */
-    static inline unsigned long fs_owner(const unsigned long *thread)
-    { return __atomic_load_n(thread, __ATOMIC_ACQUIRE); }
-    static inline void fs_set_owner(unsigned long *thread, unsigned long owner)
-    { __atomic_store_n(thread, owner, __ATOMIC_RELEASE); }
+    /* Take a reference; give one up, and return how many are left. */
+    static inline void fs_add_reference(int *count) { __atomic_fetch_add(count, 1, __ATOMIC_RELAXED); }
+    static inline int fs_drop_reference(int *count) { return __atomic_sub_fetch(count, 1, __ATOMIC_ACQ_REL); }
+    /* A number, such as that of the thread that something belongs to: who finds it finds what was done before. */
+    static inline unsigned long fs_number(const unsigned long *number)
+    { return __atomic_load_n(number, __ATOMIC_ACQUIRE); }
+    static inline void fs_set_number(unsigned long *number, unsigned long value)
+    { __atomic_store_n(number, value, __ATOMIC_RELEASE); }
+    static inline void fs_next_number(unsigned long *number) { __atomic_fetch_add(number, 1, __ATOMIC_ACQ_REL); }
     """
     bint fs_is_set(const int *) nogil
     void fs_set_flag(int *) nogil
     void fs_clear_flag(int *) nogil
     bint fs_test_and_set(int *) nogil
-    unsigned long fs_owner(const unsigned long *) nogil
-    void fs_set_owner(unsigned long *, unsigned long) nogil
+    void fs_add_reference(int *) nogil
+    int fs_drop_reference(int *) nogil
+    unsigned long fs_number(const unsigned long *) nogil
+    void fs_set_number(unsigned long *, unsigned long) nogil
+    void fs_next_number(unsigned long *) nogil

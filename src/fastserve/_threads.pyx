@@ -6,18 +6,20 @@ and ends after a while without any. Every job gets a state of its own, made by `
 ``PyGILState_Release``: no ``threading.local``, context or trace function of one job is ever seen by another. Keeping
 the state and clearing its dictionary would be cheaper and leaks on Python 3.13.
 
-What all threads share is guarded by one lock, held for a few instructions and never while waiting for the GIL; what
-belongs to one object by a flag or a critical section of its own, which a Python with the GIL does not need.
+What several threads share is in shards, each with a lock that is held for a few instructions and never while waiting
+for the GIL: the threads that one serving thread has started are in one, so that servers do not meet. What belongs to
+one object is guarded by a flag or a critical section of its own, which a Python with the GIL does not need.
 """
 
 import sys as _sys
 import threading as _threading
-from collections import deque as _deque
 from os import register_at_fork as _register_at_fork
 
 cimport cython
+from cpython.contextvars cimport PyContext_CopyCurrent
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from fastserve._clock cimport MAX_WAIT, now
@@ -25,7 +27,8 @@ from fastserve._locks cimport (
     NOWAIT_LOCK, PY_LOCK_ACQUIRED, PY_LOCK_FAILURE, PY_LOCK_INTR, PYTHREAD_INVALID_THREAD_ID, PyLockStatus,
     PyThread_acquire_lock, PyThread_acquire_lock_timed, PyThread_allocate_lock, PyThread_free_lock,
     PyThread_get_stacksize, PyThread_get_thread_ident, PyThread_get_thread_native_id, PyThread_release_lock,
-    PyThread_start_new_thread, PyThread_type_lock, WAIT_LOCK, fs_clear_flag, fs_is_set, fs_set_flag, fs_test_and_set,
+    PyThread_start_new_thread, PyThread_type_lock, WAIT_LOCK, fs_add_reference, fs_clear_flag, fs_drop_reference,
+    fs_is_set, fs_next_number, fs_number, fs_set_flag, fs_set_number, fs_test_and_set,
 )
 
 cdef extern from "_stacks.h":
@@ -33,13 +36,18 @@ cdef extern from "_stacks.h":
 
 cdef enum:
     ENDLESS = -1
+    SHARDS = 16
 
 # From 3.14 on the operating system is told the name of a thread.
 cdef bint HAS_OS_NAME = hasattr(_threading.Thread, "_set_os_name")
+# From 3.14 on a thread may begin with a copy of the context of the one that starts it; without the GIL it does.
+cdef bint INHERITS_CONTEXT = getattr(_sys.flags, "thread_inherit_context", False)
 
 
 cdef struct Completion:
     # The end of a job: whoever joins it has a reference, and so has the thread that runs it.
+    Shard *shard
+    Shard *shard_of_worker  # once it runs; mostly the same
     int references
     int done  # a flag
     bint daemon
@@ -51,6 +59,7 @@ cdef struct Completion:
 
 
 cdef struct Worker:
+    Shard *shard
     PyThread_type_lock wakeup  # released for every job, and to end the thread
     PyObject *job  # a reference, from hand-over until the thread has taken it; NULL to end the thread
     Completion *completion
@@ -62,26 +71,50 @@ cdef struct Worker:
     Worker *after
 
 
-cdef PyThread_type_lock guard = PyThread_allocate_lock()
-cdef Worker *idle_workers = NULL
-cdef Completion *running = NULL
+cdef struct Shard:
+    PyThread_type_lock guard
+    Worker *idle_workers
+    Completion *running
+    Py_ssize_t workers
+    Py_ssize_t idle_count
+
+
+cdef Shard shards[SHARDS]
 cdef unsigned long generation = 0  # of processes: one more in every forked child
 cdef unsigned long season = 0  # a thread that took its job in another one ends with it
-cdef double idle_seconds = 10.0  # after which a thread without a job ends
+cdef unsigned long idle_microseconds = 10000000  # after which a thread without a job ends
 cdef size_t stack_size = 0  # what threading.stack_size() said when the last thread was started
-cdef Py_ssize_t workers = 0
-cdef Py_ssize_t idle_count = 0
-
-if guard == NULL:
-    raise MemoryError()
 
 
-cdef inline void enter() noexcept nogil:
-    PyThread_acquire_lock(guard, WAIT_LOCK)
+cdef int clear_shards() except -1:
+    """Begin without any thread, at the import and in a forked child."""
+    cdef int i
+    for i in range(SHARDS):
+        # Another thread may have held the guard when this process was forked, and been about to change the lists:
+        # nothing of these is looked at. What they hold stays allocated; nobody is left to free it.
+        shards[i].guard = PyThread_allocate_lock()
+        if shards[i].guard == NULL:
+            raise MemoryError()
+        shards[i].idle_workers = NULL
+        shards[i].running = NULL
+        shards[i].workers = shards[i].idle_count = 0
+    return 0
 
 
-cdef inline void leave() noexcept nogil:
-    PyThread_release_lock(guard)
+clear_shards()
+
+
+cdef inline Shard *shard_of_caller() noexcept nogil:
+    """Return the shard for what the calling thread starts: the upper bits of a hash, for its ident is an address."""
+    return &shards[(<uint64_t>PyThread_get_thread_ident() * <uint64_t>0x9E3779B97F4A7C15) >> 60]
+
+
+cdef inline void enter(Shard *shard) noexcept nogil:
+    PyThread_acquire_lock(shard.guard, WAIT_LOCK)
+
+
+cdef inline void leave(Shard *shard) noexcept nogil:
+    PyThread_release_lock(shard.guard)
 
 
 # Completion
@@ -91,6 +124,7 @@ cdef Completion *new_completion(bint daemon) except NULL:
     cdef Completion *made = <Completion *>calloc(1, sizeof(Completion))
     if made == NULL:
         raise MemoryError()
+    made.shard = shard_of_caller()
     made.references = 1
     made.daemon = daemon
     made.generation = generation
@@ -104,12 +138,7 @@ cdef inline bint is_done(Completion *completion) noexcept nogil:
 
 cdef void let_go(Completion *completion) noexcept nogil:
     """Give up a reference."""
-    cdef int left
-    enter()
-    completion.references -= 1
-    left = completion.references
-    leave()
-    if left == 0:
+    if fs_drop_reference(&completion.references) == 0:
         if completion.joined != NULL:
             PyThread_free_lock(completion.joined)
         free(completion)
@@ -117,25 +146,25 @@ cdef void let_go(Completion *completion) noexcept nogil:
 
 cdef void begin(Completion *completion, unsigned long ident) noexcept nogil:
     """Put a job on the list of those that run; the list and the thread are one reference."""
-    global running
-    enter()
-    completion.references += 1
+    cdef Shard *shard = completion.shard
+    fs_add_reference(&completion.references)
+    enter(shard)
+    completion.generation = generation  # it may have been made before a fork
     completion.ident = ident
     completion.before = NULL
-    completion.after = running
-    if running != NULL:
-        running.before = completion
-    running = completion
-    leave()
+    completion.after = shard.running
+    if shard.running != NULL:
+        shard.running.before = completion
+    shard.running = completion
+    leave(shard)
 
 
 cdef void take_off(Completion *completion) noexcept nogil:
     """Take a job off the list, with the guard held."""
-    global running
     if completion.before != NULL:
         completion.before.after = completion.after
     else:
-        running = completion.after
+        completion.shard.running = completion.after
     if completion.after != NULL:
         completion.after.before = completion.before
     completion.before = completion.after = NULL
@@ -143,13 +172,13 @@ cdef void take_off(Completion *completion) noexcept nogil:
 
 cdef void finish(Completion *completion) noexcept nogil:
     """Tell those who join that the job and its thread state are gone."""
-    enter()
+    enter(completion.shard)
     if completion.generation == generation:
         take_off(completion)
     fs_set_flag(&completion.done)
     if completion.joined != NULL:
         PyThread_release_lock(completion.joined)
-    leave()
+    leave(completion.shard)
     let_go(completion)
 
 
@@ -158,14 +187,14 @@ cdef int wait_for(Completion *completion, double seconds) except -1:
     cdef double until = now() + seconds
     cdef double left
     cdef PyLockStatus status
-    enter()
+    enter(completion.shard)
     if completion.joined == NULL and not is_done(completion):
         completion.joined = PyThread_allocate_lock()
         if completion.joined == NULL:
-            leave()
+            leave(completion.shard)
             raise MemoryError()
         PyThread_acquire_lock(completion.joined, NOWAIT_LOCK)
-    leave()
+    leave(completion.shard)
     while not is_done(completion):
         left = MAX_WAIT if seconds < 0 else min(max(until - now(), 0.0), MAX_WAIT)
         with nogil:
@@ -195,39 +224,38 @@ cdef void run(Worker *worker) noexcept with gil:
 
 cdef bint next_job(Worker *worker) noexcept nogil:
     """Wait for the next job; return whether there is one, or the thread is to end."""
-    global idle_workers, idle_count
-    enter()
-    if worker.season != season:
-        leave()
+    cdef Shard *shard = worker.shard
+    enter(shard)
+    if worker.season != fs_number(&season):
+        leave(shard)
         return False
     worker.idle = True
     worker.before = NULL
-    worker.after = idle_workers
-    if idle_workers != NULL:
-        idle_workers.before = worker
-    idle_workers = worker
-    idle_count += 1
-    leave()
-    if PyThread_acquire_lock_timed(worker.wakeup, <long long>(idle_seconds * 1e6), 0) != PY_LOCK_ACQUIRED:
-        enter()
+    worker.after = shard.idle_workers
+    if shard.idle_workers != NULL:
+        shard.idle_workers.before = worker
+    shard.idle_workers = worker
+    shard.idle_count += 1
+    leave(shard)
+    if PyThread_acquire_lock_timed(worker.wakeup, <long long>fs_number(&idle_microseconds), 0) != PY_LOCK_ACQUIRED:
+        enter(shard)
         if worker.idle:
             take_idle(worker)
-            leave()
+            leave(shard)
             return False
-        leave()
+        leave(shard)
         PyThread_acquire_lock(worker.wakeup, WAIT_LOCK)  # it was chosen at the last moment
     return worker.job != NULL
 
 
 cdef void take_idle(Worker *worker) noexcept nogil:
     """Take a thread off the list of the idle, with the guard held."""
-    global idle_workers, idle_count
     worker.idle = False
-    idle_count -= 1
+    worker.shard.idle_count -= 1
     if worker.before != NULL:
         worker.before.after = worker.after
     else:
-        idle_workers = worker.after
+        worker.shard.idle_workers = worker.after
     if worker.after != NULL:
         worker.after.before = worker.before
     worker.before = worker.after = NULL
@@ -235,7 +263,6 @@ cdef void take_idle(Worker *worker) noexcept nogil:
 
 cdef void main(void *argument) noexcept nogil:
     """The whole life of a thread, which begins and goes on with waiting for a job."""
-    global workers
     cdef Worker *worker = <Worker *>argument
     cdef Completion *completion
     worker.native_id = PyThread_get_thread_native_id()
@@ -246,22 +273,31 @@ cdef void main(void *argument) noexcept nogil:
         finish(completion)
         if not next_job(worker):
             break
-    enter()
-    workers -= 1
-    leave()
+    enter(worker.shard)
+    worker.shard.workers -= 1
+    leave(worker.shard)
     PyThread_free_lock(worker.wakeup)
     free(worker)
 
 
-cdef Worker *pop_idle() noexcept nogil:
+cdef Worker *pop_idle(Shard *shard) noexcept nogil:
     cdef Worker *worker
-    enter()
-    worker = idle_workers
+    enter(shard)
+    worker = shard.idle_workers
     if worker != NULL:
         take_idle(worker)
-        worker.season = season
-    leave()
+    leave(shard)
     return worker
+
+
+cdef Worker *any_idle() noexcept nogil:
+    cdef Worker *worker
+    cdef int i
+    for i in range(SHARDS):
+        worker = pop_idle(&shards[i])
+        if worker != NULL:
+            return worker
+    return NULL
 
 
 cdef PyThread_type_lock new_held_lock() noexcept:
@@ -272,7 +308,7 @@ cdef PyThread_type_lock new_held_lock() noexcept:
     return lock
 
 
-cdef Worker *new_worker() except NULL:
+cdef Worker *new_worker(Shard *shard) except NULL:
     cdef Worker *worker = <Worker *>calloc(1, sizeof(Worker))
     if worker == NULL:
         raise MemoryError()
@@ -280,23 +316,26 @@ cdef Worker *new_worker() except NULL:
     if worker.wakeup == NULL:
         free(worker)
         raise MemoryError()
-    worker.season = season
+    worker.shard = shard
+    worker.season = fs_number(&season)
     return worker
 
 
-cdef Worker *start_worker() except NULL:
-    """Return a new thread, which waits for its job."""
-    global workers
-    cdef Worker *worker = new_worker()
+cdef Worker *start_worker(Shard *shard) except NULL:
+    """Return a new thread, which waits for its job; one of another shard if the system has no more."""
+    cdef Worker *worker = new_worker(shard)
     cdef unsigned long ident = PyThread_start_new_thread(main, worker)
     if ident == PYTHREAD_INVALID_THREAD_ID:
         PyThread_free_lock(worker.wakeup)
         free(worker)
-        raise RuntimeError("can't start new thread")
+        worker = any_idle()
+        if worker == NULL:
+            raise RuntimeError("can't start new thread")
+        return worker
     worker.ident = ident
-    enter()
-    workers += 1
-    leave()
+    enter(shard)
+    shard.workers += 1
+    leave(shard)
     return worker
 
 
@@ -310,17 +349,17 @@ cdef int notice_stack_size() except -1:
     return 0
 
 
-cdef bint is_registered = False
+cdef int is_registered = 0  # a flag
 
 
 cdef int register_hook() except -1:
     """Be called after a fork: from the first job on, as a hook costs each fork.
 
-    It comes after that of threading, which is imported above and says which thread is the calling one.
+    It comes after that of threading, which is imported above and says which thread is the calling one. Two threads may
+    both register it, without harm; none may run a job before it is registered.
     """
-    global is_registered
-    is_registered = True
     _register_at_fork(after_in_child=_after_fork_in_child)
+    fs_set_flag(&is_registered)
     return 0
 
 
@@ -334,13 +373,14 @@ cdef class Job:
 
     cdef Completion *completion
     cdef object target, args, name_, target_name
+    cdef object context  # in which the target is called; None is the empty one of the new thread state
     cdef int started  # a flag
-    cdef readonly bint has_begun  # whether its thread runs it, or has; a Thread's start() waits for that, this one not
+    cdef int begun  # a flag
     cdef public object _ident, _native_id
     cdef public bint _daemonic
 
     def __cinit__(self, target, tuple args not None, bint daemon):
-        if not is_registered:
+        if not fs_is_set(&is_registered):
             register_hook()
         self.completion = new_completion(daemon)
         self.target = target
@@ -370,6 +410,11 @@ cdef class Job:
             self.name_ = name
 
     @property
+    def has_begun(self):
+        """Whether its thread runs it, or has: the ``start()`` of a ``Thread`` waits for that, this one does not."""
+        return fs_is_set(&self.begun)
+
+    @property
     def _is_stopped(self):
         return is_done(self.completion)
 
@@ -382,10 +427,12 @@ cdef class Job:
         if fs_test_and_set(&self.started):
             raise RuntimeError("threads can only be started once")
         try:
+            if INHERITS_CONTEXT:
+                self.context = PyContext_CopyCurrent()
             notice_stack_size()
-            worker = pop_idle()
+            worker = pop_idle(self.completion.shard)
             if worker == NULL:
-                worker = start_worker()
+                worker = start_worker(self.completion.shard)
             else:
                 self._native_id = worker.native_id
             self.hand_to(worker)
@@ -394,14 +441,17 @@ cdef class Job:
             raise
 
     cdef int hand_to(self, Worker *worker) except -1:
+        cdef Shard *shard
         try:
             self._ident = worker.ident
             _threading._active[self._ident] = self
         except BaseException:
-            enter()
+            shard = worker.shard
+            enter(shard)
             PyThread_release_lock(worker.wakeup)  # without a job it ends
-            leave()
+            leave(shard)
             raise
+        self.completion.shard_of_worker = worker.shard
         begin(self.completion, worker.ident)
         Py_INCREF(self)
         worker.job = <PyObject *>self
@@ -414,7 +464,7 @@ cdef class Job:
     cdef int bootstrap(self) except? -1:
         """Run the job as ``Thread._bootstrap_inner`` does. Nothing is raised."""
         cdef object ident = self._ident
-        self.has_begun = True
+        fs_set_flag(&self.begun)
         try:
             try:
                 if HAS_OS_NAME:
@@ -423,11 +473,14 @@ cdef class Job:
                     _sys.settrace(_threading._trace_hook)
                 if _threading._profile_hook:
                     _sys.setprofile(_threading._profile_hook)
-                self.target(*self.args)
+                if self.context is None:
+                    self.target(*self.args)
+                else:
+                    self.context.run(self.target, *self.args)
             except:  # noqa: E722 - all of them, as Thread does
                 _threading._make_invoke_excepthook()(self)
         finally:
-            self.target = self.args = None
+            self.target = self.args = self.context = None
             _threading._active.pop(ident, None)
         return 0
 
@@ -453,173 +506,93 @@ cdef class Job:
 
 def end_idle():
     """End the threads that have no job, and have the others end with theirs. They may take a moment for it."""
-    global season
     cdef Worker *worker
-    if not is_registered:
-        return  # there was none, and a fork would not know of the guard
-    enter()  # each needs the guard before it goes, and so waits until its lock is let go of
-    season += 1
-    while idle_workers != NULL:
-        worker = idle_workers
-        take_idle(worker)
-        PyThread_release_lock(worker.wakeup)
-    leave()
+    cdef Shard *shard
+    cdef int i
+    if not fs_is_set(&is_registered):
+        return  # there was none, and a fork would not know of the guards
+    # Who is about to wait for a job sees it with the guard that is taken below, or is idle by then.
+    fs_next_number(&season)
+    for i in range(SHARDS):
+        shard = &shards[i]
+        enter(shard)  # each needs the guard before it goes, and so waits until its lock is let go of
+        while shard.idle_workers != NULL:
+            worker = shard.idle_workers
+            take_idle(worker)
+            PyThread_release_lock(worker.wakeup)
+        leave(shard)
 
 
 def join_all():
     """Wait for all running jobs that are no daemons, but for one of the calling thread."""
+    cdef Completion *found
+    cdef bint was_any = True
+    cdef int i
+    while was_any:  # one that runs may begin another one, in any shard
+        was_any = False
+        for i in range(SHARDS):
+            while True:
+                found = one_to_join(&shards[i])
+                if found == NULL:
+                    break
+                was_any = True
+                try:
+                    wait_for(found, ENDLESS)
+                finally:
+                    let_go(found)
+
+
+cdef Completion *one_to_join(Shard *shard) noexcept nogil:
+    """Return a running job that is no daemon and not the calling thread's, and a reference to it."""
     cdef unsigned long me = PyThread_get_thread_ident()
     cdef Completion *found
-    while True:
-        enter()
-        found = running
-        while found != NULL and (found.daemon or found.ident == me):
-            found = found.after
-        if found != NULL:
-            found.references += 1
-        leave()
-        if found == NULL:
-            return
-        try:
-            wait_for(found, ENDLESS)
-        finally:
-            let_go(found)
+    enter(shard)
+    found = shard.running
+    while found != NULL and (found.daemon or found.ident == me):
+        found = found.after
+    if found != NULL:
+        fs_add_reference(&found.references)
+    leave(shard)
+    return found
 
 
 def set_idle_seconds(double seconds):
     """Have threads end that were without a job for so long. Return how long it was."""
-    global idle_seconds
-    before, idle_seconds = idle_seconds, seconds
+    cdef double before = fs_number(&idle_microseconds) / 1e6
+    fs_set_number(&idle_microseconds, <unsigned long>(seconds * 1e6))
     return before
 
 
 def counts():
     """Return how many threads there are, and how many of them are idle."""
-    return workers, idle_count
+    cdef Py_ssize_t workers = 0
+    cdef Py_ssize_t idle = 0
+    cdef int i
+    for i in range(SHARDS):
+        enter(&shards[i])
+        workers += shards[i].workers
+        idle += shards[i].idle_count
+        leave(&shards[i])
+    return workers, idle
 
 
-cdef struct Waiter:
-    PyThread_type_lock wakeup  # held until there may be something
-    Waiter *next
-
-
-cdef class WorkQueue:
-    """What :class:`queue.SimpleQueue` is, for the threads of a pool; it wakes as few of them as it can.
-
-    At most one thread is on its way from being woken to having the GIL. When it has taken its item, and there are
-    more, it wakes the next. So a thread that is free in the meantime takes several items of a burst, and every item
-    still finds a thread while there is an idle one. ``SimpleQueue`` wakes another one in vain after each item. The last
-    thread to wait is the first to be woken. The GIL guards all fields, or the critical section of the object.
-    """
-
-    cdef object items, append, popleft  # a deque that nobody else can reach: its own lock is always free
-    cdef Waiter *waiting
-    cdef bint is_coming  # a thread that was woken and does not run yet
-    cdef Waiter *spare  # to be used again; a thread that wakes one may still be about to let go of its lock
-
-    def __cinit__(self):
-        self.items = _deque()
-        self.append = self.items.append
-        self.popleft = self.items.popleft
-
-    def __dealloc__(self):
-        # Nobody waits, for who does has a reference. In a forked child some seem to: threads that it does not have.
-        cdef Waiter *waiter
-        while self.spare != NULL:
-            waiter = self.spare
-            self.spare = waiter.next
-            PyThread_free_lock(waiter.wakeup)
-            free(waiter)
-
-    def put(self, item):
-        """Add an item, and wake a thread that waits for one. It never waits."""
-        with cython.critical_section(self):
-            self.append(item)
-            self.wake_one()
-
-    cdef void wake_one(self) noexcept:
-        """Wake a thread, if one waits and none is on its way already: that one wakes the next if there is more."""
-        cdef Waiter *waiter = self.waiting
-        if waiter != NULL and not self.is_coming:
-            self.waiting = waiter.next
-            self.is_coming = True
-            PyThread_release_lock(waiter.wakeup)
-
-    def get(self, block=True):
-        """Remove and return the oldest item, and wait for one; raise :class:`queue.Empty` if it may not wait.
-
-        No signal handler runs while it waits: it is not for the main thread.
-        """
-        cdef Waiter *waiter = NULL
-        while True:
-            with cython.critical_section(self):
-                if waiter != NULL:  # it was woken
-                    waiter.next = self.spare
-                    self.spare = waiter
-                    self.is_coming = False
-                if self.items:
-                    item = self.popleft()
-                    if self.items:
-                        self.wake_one()
-                    return item
-                if not block:
-                    from queue import Empty  # with heapq and two shared libraries: what few programs need
-
-                    raise Empty
-                waiter = self.spare
-                if waiter == NULL:
-                    waiter = new_waiter()
-                else:
-                    self.spare = waiter.next
-                waiter.next = self.waiting
-                self.waiting = waiter
-            with nogil:
-                PyThread_acquire_lock(waiter.wakeup, WAIT_LOCK)
-
-    def get_nowait(self):
-        """Remove and return the oldest item; raise :class:`queue.Empty` if there is none."""
-        return self.get(False)
-
-    def empty(self):
-        """Return whether there is no item."""
-        return not self.items
-
-    def qsize(self):
-        """Return how many items there are."""
-        return len(self.items)
-
-
-cdef Waiter *new_waiter() except NULL:
-    cdef Waiter *waiter = <Waiter *>calloc(1, sizeof(Waiter))
-    if waiter == NULL:
-        raise MemoryError()
-    waiter.wakeup = new_held_lock()
-    if waiter.wakeup == NULL:
-        free(waiter)
-        raise MemoryError()
-    return waiter
+include "_work_queue.pxi"
 
 
 def _after_fork_in_child():
-    # Of all threads only the calling one exists. The others may have held the guard, and been about to change the
-    # lists: nothing of these is looked at. What belonged to the others stays allocated; nobody is left to free it.
-    global guard, idle_workers, running, generation, season, workers, idle_count
-    cdef PyThread_type_lock fresh = PyThread_allocate_lock()
+    # Of all threads only the calling one exists.
+    global generation
     cdef Completion *mine
-    if fresh == NULL:
-        raise MemoryError()
-    guard = fresh
+    clear_shards()
     generation += 1
-    season += 1  # the only thread of the child ends with its job, as any other thread does
-    idle_workers = running = NULL
-    workers = idle_count = 0
+    fs_next_number(&season)  # the only thread of the child ends with its job, as any other thread does
     me = _threading._active.get(PyThread_get_thread_ident())
     if isinstance(me, Job):
         mine = (<Job>me).completion
         mine.generation = generation
         mine.before = mine.after = NULL
-        running = mine
-        workers = 1
+        mine.shard.running = mine
+        mine.shard_of_worker.workers = 1
 
 
 fs_keep_stacks()

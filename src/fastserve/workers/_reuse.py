@@ -1,8 +1,9 @@
 """``threading.Thread`` for a request in an operating-system thread that is used again.
 
 A handler sees what it would see in a fresh thread: a ``threading.Thread`` of its own with a name and number of its
-own, empty ``threading.local`` objects, an empty context, the hooks of :func:`threading.settrace`. The operating-system
-thread and how it is handed from one request to the next are in ``_threads``.
+own, empty ``threading.local`` objects, an empty context (with ``-X thread_inherit_context`` a copy of the serving
+thread's), the hooks of :func:`threading.settrace`. The operating-system thread and how it is handed from one request to
+the next are in ``_threads``.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ def _is_usable() -> bool:
         and not _backend.monkey_patched()
         and all(hasattr(threading, name) for name in _NEEDED)
         and hasattr(threading, "_make_thread_handle") == (_HANDLE is not None)
-        # The context of the thread that starts another is inherited then, which no thread used again does.
-        and not getattr(sys.flags, "thread_inherit_context", False)
     )
 
 
