@@ -490,7 +490,7 @@ class State:
     def own_loop(self) -> Loop | SelectorLoop | None:
         """Return the loop that runs in the calling thread, or ``None``."""
         me = threading.get_ident()
-        for loop in self.loops:
+        for loop in tuple(self.loops):  # while another one ends, and is removed, this one would be passed over
             if loop.owner == me:
                 return loop
         return None

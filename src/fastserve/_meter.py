@@ -198,7 +198,7 @@ class Meter:
             return
         if os.getpid() != self._pid:
             return
-        loops = State.of(self._server()).loops
+        loops = tuple(State.of(self._server()).loops)
         loop = next((loop for loop in loops if isinstance(loop, Loop)), None)
         if loop is not self._asked:
             self._cells[self._base + _ASKED] = self._cells[self._base + _DELAY] = 0
