@@ -12,6 +12,8 @@ import sys
 from build_backend import FREE_THREADED, has_extensions, has_greenlets
 from setuptools import Extension, setup
 
+ON_STACKS = {"_green", "_hub", "_turns"}  # what a greenlet that waits has on its stack
+
 
 def extensions() -> list[Extension]:
     """Return the extension modules to build: none where they are refused or not supported."""
@@ -29,6 +31,10 @@ def extensions() -> list[Extension]:
         link_options = ["-Wl,-x"] if sys.platform == "darwin" else ["-Wl,-s"]
         if sys.platform == "linux":
             link_options += ["-Wl,-z,noseparate-code"]  # pages of zeros between code and data
+    greenlet_options = []
+    if options and sys.platform == "linux":
+        # Every greenlet that waits keeps a copy of the C stack below it, where rare cases are functions of their own.
+        greenlet_options = ["-fno-inline-functions-called-once"]
     names = ["_sockets", "_core", "_streams", "_datagrams", "_threads"]
     # It looks into classes that other threads may change, which the GIL alone makes safe; nor are there greenlets.
     if not FREE_THREADED:
@@ -45,7 +51,7 @@ def extensions() -> list[Extension]:
                 f"fastserve.{name}",
                 [f"src/fastserve/{name}.pyx"],
                 depends=headers,
-                extra_compile_args=options,
+                extra_compile_args=options + (greenlet_options if name in ON_STACKS else []),
                 extra_link_args=link_options,
                 include_dirs=includes,
             )

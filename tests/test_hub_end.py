@@ -64,6 +64,61 @@ def test_kill_ends_every_wait_and_each_that_follows(hub: Any, pair: tuple[Any, A
     assert seen[-1].startswith("the next")
 
 
+def test_kill_ends_all_that_wait_for_one_connection_and_none_is_left_waiting(hub: Any, pair: tuple[Any, Any]) -> None:
+    connection, peer = pair
+    ends: list[str] = []
+
+    def task() -> None:
+        try:
+            connection.recv(1)
+        except BaseException as error:
+            ends.append(type(error).__name__)
+            raise
+
+    for _ in range(4):
+        hub.start(task)
+    hub.kill()
+    finish(hub)
+    assert ends == ["GreenletExit"] * 4
+    received: list[bytes] = []
+    hub.start(lambda: received.append(connection.recv(1)))
+    peer.sendall(b"x")
+    finish(hub)
+    assert received == [b"x"]
+
+
+def test_a_wait_that_an_exception_has_ended_has_no_deadline_left(hub: Any, pair: tuple[Any, Any]) -> None:
+    connection, _ = pair
+    connection.settimeout(0.1)
+    tasks: list[Any] = []
+    greenlets: dict[str, Any] = {}
+    seen: list[object] = []
+
+    def receive() -> None:
+        tasks.append(hub.this())
+        greenlets["receive"] = greenlet.getcurrent()
+        try:
+            connection.recv(1)
+        except ValueError:
+            seen.append(greenlets["throw"].switch())  # the hub does not know that this waits
+            greenlets["go on"].switch()
+
+    def throw() -> None:
+        greenlets["throw"] = greenlet.getcurrent()
+        greenlets["receive"].throw(ValueError)
+
+    def go_on() -> None:
+        greenlets["go on"] = greenlet.getcurrent()
+        hub.park(0.3)  # beyond the deadline of what was to be received
+        greenlets["receive"].switch("by its own program")
+        hub.wake(tasks[0])
+
+    for task in receive, throw, go_on:
+        hub.start(task)
+    finish(hub)
+    assert seen == ["by its own program"]
+
+
 def test_a_task_that_was_killed_before_it_began_releases_what_it_holds(hub: Any) -> None:
     seen = []
 

@@ -6,6 +6,7 @@ import http.server
 import os
 import socket
 import socketserver
+import subprocess
 import sys
 import threading
 import traceback
@@ -454,3 +455,45 @@ def test_a_handler_that_raises_is_in_the_traceback(server_class: Any, capsys: py
     assert "Traceback (most recent call last):" in printed
     assert "in the_handler" in printed
     assert "LookupError: in the handler" in printed
+
+
+COLLECTED = """
+import gc, socket, sys
+import fastserve
+from fastserve import _turns
+
+kept = []
+
+class Handler:
+    def __init__(self, request, client_address, server):
+        kept.append(self)
+
+def replace(phase, info):
+    if phase == "start":
+        exec("def __init__(self, *given): kept.append(self)\\nHandler.__init__ = __init__", globals())
+
+with fastserve.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+    gc.callbacks.append(replace)
+    for before in range(12):
+        for threshold in 1, 2, 3:
+            request = socket.socket()
+            gc.collect()
+            gc.set_threshold(threshold)
+            padding = [[] for _ in range(before)]
+            _turns.process_request_thread(server, request, "somebody")
+            gc.set_threshold(0)
+    gc.callbacks.clear()
+print(len(kept))
+"""
+
+
+@pytest.mark.skipif(_backend.turns is None, reason="the turns are done in C, with the GIL")
+def test_the_garbage_collector_may_replace_the_constructor_of_a_handler_that_is_being_made() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", COLLECTED],
+        env={**os.environ, "PYTHONMALLOC": "debug"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout) == (0, "36\n"), run.stderr

@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, embedsignature.format=clinic
 """The C twin of the connections that wait in a hub. Its contract and its types are those of ``_green_py``."""
 
 import io as _io
@@ -17,7 +17,7 @@ from fastserve import _green_py
 from fastserve._lines import LineTooLong as _LineTooLong
 from fastserve cimport _streams
 from fastserve._addresses cimport address_of
-from fastserve._errors cimport error_of
+from fastserve._errors cimport error_of, raised
 from fastserve._hub cimport (
     CALL, CORK, LARGE, PER_UNIT, SCRATCH, Hub, Slot, deadline_of, forget, fs_recv_new, running_hub, send_all,
 )
@@ -78,6 +78,12 @@ cdef Py_ssize_t receive(Hub hub, object connection, char *data, Py_ssize_t room,
         hub.wait_for(connection, fd, False, deadline)
 
 
+ctypedef Py_ssize_t (*Receive)(Hub, object, char *, Py_ssize_t, PyObject **) noexcept
+
+# The same for who looks at the result: below zero if an exception is set.
+cdef Receive receive_quietly = <Receive>receive
+
+
 cdef bytes received(Hub hub, PyObject *made, Py_ssize_t size):
     """Return as bytes what :func:`receive` has left in ``made``, which is taken over, and in the scratch."""
     cdef Py_ssize_t first
@@ -132,7 +138,12 @@ cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) exc
     return send_all(hub, connection, data + sent, size - sent, deadline_of(connection))
 
 
+cdef object plainly_received(object connection, object bufsize, object flags):
+    return _PyConnection.recv(connection, bufsize, flags)
+
+
 @cython.auto_pickle(False)
+@cython.binding(False)  # as those of ``socket.socket``: CPython calls them with less ado
 cdef class _Green:
     """The methods of :class:`Connection` that are called for every request."""
 
@@ -141,7 +152,7 @@ cdef class _Green:
         cdef PyObject *made = NULL
         cdef Py_ssize_t size
         if hub is None or flags or type(bufsize) is not int or bufsize <= 0:
-            return _PyConnection.recv(self, bufsize, flags)
+            return plainly_received(self, bufsize, flags)
         begin_reading(hub)
         size = receive(hub, self, hub.scratch, SCRATCH if bufsize > SCRATCH else <Py_ssize_t>bufsize, &made)
         return received(hub, made, size)
@@ -294,6 +305,7 @@ def end(connection):
 cdef object _unsupported = _io.UnsupportedOperation
 
 
+@cython.binding(False)
 cdef class Reader:
     """The ``rfile`` of a connection in a hub: as ``io.BufferedReader``, and it keeps only what was not read yet."""
 
@@ -365,16 +377,29 @@ cdef class Reader:
 
     cdef Py_ssize_t receive_some(self, Hub hub, Py_ssize_t room, PyObject **made) except -2:
         """Receive into the scratch of the hub, or new bytes; -1: there is nothing, and the connection does not wait."""
+        cdef Py_ssize_t size
+        self.refuse_timed_out()
+        begin_reading(hub)
+        size = receive_quietly(hub, self.sock, hub.scratch, room, made)
+        if size < 0:
+            self.received_nothing()
+        return size
+
+    cdef int refuse_timed_out(self) except -1:
         if self.timed_out:
             raise OSError("cannot read from timed out object")
-        begin_reading(hub)
+        return 0
+
+    cdef int received_nothing(self) except -1:
+        """Raise the exception that is set, unless it says that there is nothing."""
         try:
-            return receive(hub, self.sock, hub.scratch, room, made)
+            raised()
         except BlockingIOError:
-            return -1
+            pass
         except TimeoutError:
             self.timed_out = True
             raise
+        return 0
 
     cdef object receive_bytes(self, Py_ssize_t room):
         """Receive and return bytes; ``None`` if nothing is there and the connection does not wait."""
@@ -384,8 +409,7 @@ cdef class Reader:
         if hub is not None and type(self.sock) is Connection:
             size = self.receive_some(hub, min(room, SCRATCH), &made)
             return None if size < 0 else received(hub, made, size)
-        if self.timed_out:
-            raise OSError("cannot read from timed out object")
+        self.refuse_timed_out()
         try:
             return self.sock.recv(room)
         except BlockingIOError:

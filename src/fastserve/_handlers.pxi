@@ -6,7 +6,7 @@ from cpython.object cimport PyObject, PyTypeObject
 
 from fastserve._hooks cimport (
     PyFunction_Check, _PyType_Lookup, fs_has_plain_attributes, fs_makes_plain_objects, fs_new_object, fs_no_arguments,
-    fs_version_of,
+    fs_version_of, refuse_result,
 )
 
 cdef extern from *:
@@ -65,7 +65,7 @@ cdef class Handlers:
         init = <object>self._class_init
         result = init(fs_new_object(cls), request, client_address, server)
         if result is not None:
-            raise TypeError(f"__init__() should return None, not '{type(result).__name__}'")
+            refuse_result(result)
         return 0
 
     cdef int _look_at_class(self, PyTypeObject *cls) except -1:

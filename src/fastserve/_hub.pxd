@@ -62,6 +62,8 @@ cdef class Task:
     cdef bint begun, woken, queued, timed_out, ending
     cdef readonly bint killed
 
+    cdef bint has_run(self, PyObject *result, object context) except -1
+
 
 cdef class Hub:
     cdef int epoll
@@ -108,9 +110,12 @@ cdef class Hub:
     cdef int grow(self, int fd) except -1
     cdef Task this_task(self)
     cdef int wait_for(self, object connection, int fd, bint writing, double deadline) except -1
-    cdef int park_until(self, Task me, double deadline) except -1
-    cdef int park_task(self, Task me) except -1
-    cdef int switch(self, Task me, Task target) except -1
+    cdef int watch_slot(self, Slot *slot, int fd) except -1
+    cdef int wait_too(self, Slot *slot, Task me) except -1
+    cdef int wait_failed(self, Task me, int fd, uint32_t generation) except -1
+    cdef int stop_waiting(self, Task me, int fd, uint32_t generation) except -1
+    cdef int switch(self, Task me, Task target) noexcept
+    cdef int refuse(self) except -1
     cdef Task next_task(self)
     cdef Task dispatch(self, epoll_event *event)
     cdef int collect(self) except? -2

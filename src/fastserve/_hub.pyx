@@ -3,6 +3,10 @@
 
 There is no central loop that everything goes through. Whoever has to wait looks itself for what is to go on: it takes
 the next event, or asks the kernel for more, and switches straight to the greenlet that the event is for.
+
+A switch copies the C stack of the greenlet that waits, from its first function to the switch, and every connection
+that waits keeps that copy. So the functions on this way have small frames: what they rarely do is in functions of its
+own, and they hear of exceptions by their results (``raised``), as a ``try`` costs a hundred bytes of the frame.
 """
 
 import os as _os
@@ -20,7 +24,7 @@ from libc.string cimport memset
 
 from fastserve import _core, _waiting
 from fastserve._clock cimport MAX_WAIT, now
-from fastserve._errors cimport error_of
+from fastserve._errors cimport error_of, raised
 from fastserve._queues cimport heap_put, heap_put_off, heap_take, ring_put, ring_take, timer_init
 from fastserve._sockets cimport descriptor_of, family_of, timeout_of, type_of
 from fastserve._syscalls cimport (
@@ -35,7 +39,7 @@ cdef extern from "greenlet.h":
     void PyGreenlet_Import()
     PyGreenlet *PyGreenlet_New(PyObject *, PyGreenlet *) except NULL
     PyGreenlet *PyGreenlet_GetCurrent() except NULL
-    PyObject *PyGreenlet_Switch(PyGreenlet *, PyObject *, PyObject *) except NULL
+    PyObject *PyGreenlet_Switch(PyGreenlet *, PyObject *, PyObject *)  # NULL: an exception is set
 
 cdef extern from "_hub.h" nogil:
     enum:
@@ -49,6 +53,7 @@ cdef extern from "<stdlib.h>":
     void *aligned_alloc(size_t, size_t)
 
 cdef extern from "Python.h":
+    PyObject *PyObject_Call(PyObject *, PyObject *, PyObject *)  # NULL: an exception is set
     object PyContext_New()
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
@@ -83,6 +88,44 @@ cdef double deadline_of(object connection) except -1.0:
     return now() + min(timeout, MAX_WAIT) if timeout > 0.0 else 0.0
 
 
+cdef int fail(int code) except -1:
+    """Raise the ``OSError`` of an errno."""
+    raise error_of(code)
+
+
+cdef int park(Hub hub, Task me, double deadline) except -1:
+    """Let others go on until somebody wakes the calling greenlet, or the deadline comes."""
+    cdef Task target
+    if hub.corked or hub.stale or hub.epoll < 0:
+        hub.refuse()
+    if me.killed:
+        raise GreenletExit
+    me.timed_out = me.woken = False
+    me.deadline = deadline
+    if deadline < me.timer.deadline:
+        hub.set_timer(me)
+    while not me.woken:
+        target = hub.next_task()
+        if target is me:
+            break
+        if hub.switch(me, target) < 0:
+            me.deadline = INFINITY
+            raised()
+    me.deadline = INFINITY  # its place in the heap remains: mostly the next wait has a later deadline
+    hub.budget = BUDGET
+    if me.killed:
+        raise GreenletExit
+    if hub.failure is not None and me is hub.root:
+        hub.raise_failure()
+    return 0
+
+
+ctypedef int (*Park)(Hub, Task, double) noexcept
+
+# The same for who looks at the result: below zero if an exception is set.
+cdef Park park_quietly = <Park>park
+
+
 cdef class Task:
     """What a greenlet of the hub does, and what it waits for."""
 
@@ -93,41 +136,52 @@ cdef class Task:
 
     def __call__(self):
         """Run requests, one after the other: the greenlet's life."""
-        cdef Hub hub = self.hub
-        cdef object context
         cdef void *frames = fs_frames_begin()
-        try:
-            while self.function is not None:
-                context = PyContext_New()
-                PyContext_Enter(context)
-                try:
-                    try:
-                        # One that was killed before it began too: it releases what it was given, and its waits raise.
-                        self.function(*self.arguments)
-                    finally:
-                        if hub.corked:
-                            hub.end_flush()
-                except GreenletExit:
-                    pass
-                except BaseException as error:
-                    hub.failure = error
-                finally:
-                    PyContext_Exit(context)
-                    context = None
-                if hub.stale:
-                    # A child that a handler has forked, and whose handler has returned: with threads it would end here.
-                    _os._exit(0)
-                self.function = self.arguments = None
-                self.killed = False
-                hub.finished(self)
-                if len(hub.pool) >= POOLED or self.ending or hub.epoll < 0:
-                    break
-                hub.pool.append(self)
-                hub.park_task(self)
-            del hub.tasks[self.greenlet]
-        finally:
-            fs_frames_end(frames)
+        cdef PyObject *result
+        cdef int parked = 0
+        while parked == 0 and self.function is not None:
+            context = PyContext_New()
+            PyContext_Enter(context)
+            # One that was killed before it began too: it releases what it was given, and its waits raise.
+            result = PyObject_Call(<PyObject *>self.function, <PyObject *>self.arguments, NULL)
+            if not self.has_run(result, context):
+                break
+            context = None
+            parked = park_quietly(self.hub, self, INFINITY)
+        fs_frames_end(frames)
+        if parked < 0:
+            raised()
+        self.deadline = INFINITY  # its timer may still be in the heap
+        del self.hub.tasks[self.greenlet]
         # The greenlet goes on in its parent, the root, which looks again what there is to do.
+
+    cdef bint has_run(self, PyObject *result, object context) except -1:
+        """Note the end of a request; return whether the greenlet is in the pool, and to wait for another one."""
+        cdef Hub hub = self.hub
+        try:
+            try:
+                if result == NULL:
+                    raised()
+                Py_DECREF(<object>result)
+            finally:
+                if hub.corked:
+                    hub.end_flush()
+        except GreenletExit:
+            pass
+        except BaseException as error:
+            hub.failure = error
+        finally:
+            PyContext_Exit(context)
+        if hub.stale:
+            # A child that a handler has forked, and whose handler has returned: with threads it would end here.
+            _os._exit(0)
+        self.function = self.arguments = None
+        self.killed = False
+        hub.finished(self)
+        if len(hub.pool) >= POOLED or self.ending or hub.epoll < 0:
+            return False
+        hub.pool.append(self)
+        return True
 
 
 cdef class Hub:
@@ -212,7 +266,8 @@ cdef class Hub:
             task = self.pool.pop()
             task.ending = True
             task.woken = True
-            self.switch(self.root, task)
+            if self.switch(self.root, task) < 0:
+                raised()
         while self.timers.count:
             # Of waits that were over before their deadline: the garbage collector does not see these references.
             self.drop_top()
@@ -273,7 +328,7 @@ cdef class Hub:
         if not self.root_ready:
             self.root_waits = True
             try:
-                self.park_until(self.root, deadline)
+                park(self, self.root, deadline)
             finally:
                 self.root_waits = False
         return 0
@@ -293,11 +348,12 @@ cdef class Hub:
         me.woken = False
         self.urgent = me
         task.begun = task.woken = True
-        self.switch(me, task)
+        if self.switch(me, task) < 0:
+            raised()
         while not me.woken:
             task = self.next_task()
-            if task is not me:
-                self.switch(me, task)
+            if task is not me and self.switch(me, task) < 0:
+                raised()
         self.budget = BUDGET
         if self.failure is not None and me is self.root:
             self.raise_failure()
@@ -332,7 +388,7 @@ cdef class Hub:
             self.flush()
             return True
         me = self.this_task()
-        self.park_until(me, deadline_after(timeout))
+        park(self, me, deadline_after(timeout))
         return not me.timed_out
 
     def wake(self, Task task):
@@ -353,7 +409,7 @@ cdef class Hub:
         self.root_drains = True
         try:
             while self.active:
-                self.park_until(self.root, deadline)
+                park(self, self.root, deadline)
                 if self.root.timed_out:
                     break
         finally:
@@ -485,29 +541,15 @@ cdef class Hub:
         """
         cdef Task me
         cdef Slot *slot
-        cdef int result
         cdef uint32_t generation
         if deadline == 0.0:
-            raise error_of(EAGAIN)
+            fail(EAGAIN)
         if self.corked:
             self.flush()
             return 0  # there may have been a wait, in which what is waited for here has happened
         slot = self.slot_of(connection, fd)
         if not slot.registered:
-            if slot.generation == 0:
-                slot.generation = 1  # 0 is the root's
-            generation = slot.generation
-            if fd in self.root_fds:  # what the root watched was closed, and the number is a connection's by now
-                self.root_fds.remove(fd)
-                self.muted.discard(fd)
-            result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, FS_EVERYTHING, (<uint64_t>generation << 32) | <uint32_t>fd)
-            if result == -EEXIST:  # the descriptor came here by another object, or is one of several of the same file
-                result = fs_watch(
-                    self.epoll, EPOLL_CTL_MOD, fd, FS_EVERYTHING, (<uint64_t>generation << 32) | <uint32_t>fd
-                )
-            if result < 0:
-                raise error_of(-result)
-            slot.registered = True
+            self.watch_slot(slot, fd)
         me = self.this_task()
         if not writing and slot.reader == NULL:
             Py_INCREF(me)
@@ -516,22 +558,50 @@ cdef class Hub:
             Py_INCREF(me)
             slot.writer = <void *>me
         else:
-            if slot.others == NULL:
-                others = []
-                Py_INCREF(others)
-                slot.others = <void *>others
-            (<list>slot.others).append(me)
+            self.wait_too(slot, me)
         generation = slot.generation
-        try:
-            self.park_until(me, deadline)
-        except BaseException:
-            self.stop_waiting(me, fd, generation)
-            raise
+        if park_quietly(self, me, deadline) < 0:
+            self.wait_failed(me, fd, generation)
         slot = &self.slots[fd]
         if me.timed_out or slot.reader == <void *>me or slot.writer == <void *>me or slot.others != NULL:
             self.stop_waiting(me, fd, generation)
-            if me.timed_out:
-                raise TimeoutError("timed out")
+        return 0
+
+    cdef int wait_failed(self, Task me, int fd, uint32_t generation) except -1:
+        """Raise the exception that is set, and has ended a wait."""
+        me.timed_out = False
+        me.deadline = INFINITY
+        try:
+            raised()
+        finally:
+            self.stop_waiting(me, fd, generation)
+
+    cdef int watch_slot(self, Slot *slot, int fd) except -1:
+        """Have the kernel tell what happens to a connection, for good."""
+        cdef int result
+        cdef uint64_t tag
+        if slot.generation == 0:
+            slot.generation = 1  # 0 is the root's
+        tag = (<uint64_t>slot.generation << 32) | <uint32_t>fd
+        if fd in self.root_fds:  # what the root watched was closed, and the number is a connection's by now
+            self.root_fds.remove(fd)
+            self.muted.discard(fd)
+        result = fs_watch(self.epoll, EPOLL_CTL_ADD, fd, FS_EVERYTHING, tag)
+        if result == -EEXIST:  # the descriptor came here by another object, or is one of several of the same file
+            result = fs_watch(self.epoll, EPOLL_CTL_MOD, fd, FS_EVERYTHING, tag)
+        if result < 0:
+            raise error_of(-result)
+        slot.registered = True
+        return 0
+
+    cdef int wait_too(self, Slot *slot, Task me) except -1:
+        """Note one more that waits for a connection for which somebody waits already."""
+        cdef list others
+        if slot.others == NULL:
+            others = []
+            Py_INCREF(others)
+            slot.others = <void *>others
+        (<list>slot.others).append(me)
         return 0
 
     def wait_io(self, connection, int fd, bint writing, deadline):
@@ -549,69 +619,47 @@ cdef class Hub:
         if self.corked:
             self.flush()
 
-    def stop_waiting(self, Task me, int fd, uint32_t generation):
-        cdef Slot *slot
-        if self.slots[fd].generation != generation:
-            return
-        slot = &self.slots[fd]
-        if slot.reader == <void *>me:
-            slot.reader = NULL
-            Py_DECREF(me)
-        elif slot.writer == <void *>me:
-            slot.writer = NULL
-            Py_DECREF(me)
-        elif slot.others != NULL and me in <list>slot.others:
-            (<list>slot.others).remove(me)
-            if not <list>slot.others:
-                Py_DECREF(<list>slot.others)
-                slot.others = NULL
+    cdef int stop_waiting(self, Task me, int fd, uint32_t generation) except -1:
+        """Forget that a task waits for a connection. Raises ``TimeoutError`` if it has waited too long."""
+        cdef Slot *slot = &self.slots[fd]
+        if slot.generation == generation:
+            if slot.reader == <void *>me:
+                slot.reader = NULL
+                Py_DECREF(me)
+            elif slot.writer == <void *>me:
+                slot.writer = NULL
+                Py_DECREF(me)
+            elif slot.others != NULL and me in <list>slot.others:
+                (<list>slot.others).remove(me)
+                if not <list>slot.others:
+                    Py_DECREF(<list>slot.others)
+                    slot.others = NULL
+        if me.timed_out:
+            raise TimeoutError("timed out")
+        return 0
 
     # Waiting.
 
-    cdef int park_until(self, Task me, double deadline) except -1:
-        me.timed_out = False
-        if deadline != INFINITY:
-            me.deadline = deadline
-            if deadline < me.timer.deadline:
-                self.set_timer(me)
-        try:
-            self.park_task(me)
-        finally:
-            me.deadline = INFINITY  # its place in the heap remains: mostly the next wait has a later deadline
+    cdef int switch(self, Task me, Task target) noexcept:
+        """Go on in another greenlet until somebody switches back; below zero if an exception is set then."""
+        cdef PyObject *result
+        self.current = target
+        self.progress += 1
+        result = PyGreenlet_Switch(<PyGreenlet *>target.greenlet, NULL, NULL)
+        self.current = me
+        if result == NULL:
+            return -1
+        Py_DECREF(<object>result)
         return 0
 
-    cdef int park_task(self, Task me) except -1:
-        """Let others go on until somebody wakes the calling greenlet."""
+    cdef int refuse(self) except -1:
+        """Raise what keeps everybody from waiting, if anything does, and send what was gathered."""
         if self.stale:
             raise RuntimeError("this process has forked and cannot go on with the greenlets of its parent")
         if self.epoll < 0:
             raise RuntimeError("the hub has ended")
         if self.corked:
             self.flush()
-        if me.killed:
-            raise GreenletExit
-        me.woken = False
-        while not me.woken:
-            target = self.next_task()
-            if target is me:
-                break
-            self.switch(me, target)
-        self.budget = BUDGET
-        if me.killed:
-            raise GreenletExit
-        if self.failure is not None and me is self.root:
-            self.raise_failure()
-        return 0
-
-    cdef int switch(self, Task me, Task target) except -1:
-        cdef PyObject *result
-        self.current = target
-        self.progress += 1
-        try:
-            result = PyGreenlet_Switch(<PyGreenlet *>target.greenlet, NULL, NULL)
-            Py_DECREF(<object>result)
-        finally:
-            self.current = me
         return 0
 
     cdef int spend(self) except -1:
@@ -624,7 +672,7 @@ cdef class Hub:
                 if self.corked:
                     self.flush()  # it may have to wait itself, and would take the waking for its own
                 self.wake_task(me)
-                self.park_task(me)
+                park(self, me, INFINITY)
             self.budget = BUDGET
         return 0
 

@@ -4,6 +4,9 @@
 A method that is not overridden is not called, but done here. Whether it is overridden is asked at the time at which it
 would be called, on the class and on the instance. Without this module ``serve_forever`` and ``process_request_thread``
 call every method, and the program cannot tell the difference but by looking at the stack.
+
+Where a request runs in a greenlet, the frames below it on the C stack are small, for the reasons that ``_hub`` gives:
+what has gone wrong is dealt with in functions of its own.
 """
 
 import os as _os
@@ -21,7 +24,7 @@ from fastserve._hooks cimport (
     PyObject_GenericGetDict, _PyType_Lookup, construct, fs_finds_attributes_plainly, fs_no_arguments, fs_type_of,
     fs_version_of,
 )
-from fastserve._errors cimport error_of
+from fastserve._errors cimport error_of, raised
 from fastserve._sockets cimport descriptor_of
 from fastserve._streams import Connection as _Connection, accepted as _accepted
 from fastserve._syscalls cimport fs_shutdown_and_close
@@ -370,11 +373,24 @@ cdef inline bint is_ready(object request) except -1:
     )
 
 
-cdef inline int process_in_worker(object server, object request, object client_address) except -1:
-    """Handle a request, and its errors, in the thread or the greenlet that it has."""
+cdef int handle(object server, object request, object client_address) except -1:
+    """Handle a request in the thread or the greenlet that it has."""
+    if is_ready(request):
+        finish(server, request, client_address)
+    return 0
+
+
+ctypedef int (*Handle)(object, object, object) noexcept
+
+# The same for who looks at the result: below zero if an exception is set.
+cdef Handle handle_quietly = <Handle>handle
+
+
+cdef int end_handled(object server, object request, object client_address, bint failed) except -1:
+    """End a request that was handled, and report the exception that is set if it has ``failed``."""
     try:
-        if is_ready(request):
-            finish(server, request, client_address)
+        if failed:
+            raised()
     except Exception:
         server.handle_error(request, client_address)
     finally:
@@ -384,18 +400,28 @@ cdef inline int process_in_worker(object server, object request, object client_a
 
 def process_request_thread(server, request, client_address):
     """Do what ``ThreadingMixIn.process_request_thread`` does."""
-    process_in_worker(server, request, client_address)
+    end_handled(server, request, client_address, handle_quietly(server, request, client_address) < 0)
 
 
 def process_request_greenlet(server, request, client_address):
     """Handle a request in its greenlet, as ``process_request_thread`` does."""
+    cdef bint is_handled = is_own(server, IN_THREAD, "process_request_thread")
+    cdef bint failed = is_handled and handle_quietly(server, request, client_address) < 0
+    end_in_greenlet(server, request, client_address, is_handled, failed)
+
+
+cdef int end_in_greenlet(
+    object server, object request, object client_address, bint is_handled, bint failed
+) except -1:
+    """End a request that was handled, or have an overridden method do all of it; tell what comes out of it."""
     try:
-        if is_own(server, IN_THREAD, "process_request_thread"):
-            process_in_worker(server, request, client_address)
+        if is_handled:
+            end_handled(server, request, client_address, failed)
         else:
             server.process_request_thread(request, client_address)
     except BaseException as error:
         _ended_by(error, request)
+    return 0
 
 
 cdef object _in_thread = process_request_thread
