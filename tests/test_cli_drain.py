@@ -150,6 +150,8 @@ def refuses(address: str) -> bool:
         connect(address).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        pass  # the listener was closed between the client's SYN and the end of the handshake: asked again, it refuses
     return False
 
 
