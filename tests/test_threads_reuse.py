@@ -500,6 +500,7 @@ def test_the_end_waits_for_what_a_request_has_begun_meanwhile() -> None:
         _reuse.RequestThread(job, (20,), False).start()
         _threads.join_all()
         assert sorted(ended) == list(range(21))
+    _reuse.end_idle_threads()
 
 
 @needs_reuse
