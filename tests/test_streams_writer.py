@@ -83,6 +83,44 @@ def test_a_writer_is_a_buffered_file_that_writes_only(ends: Ends) -> None:
     assert connection.fileno() >= 0
 
 
+def test_the_connection_of_a_writer_may_be_replaced_and_removed(ends: Ends) -> None:
+    writer, connection, other = ends
+    writer._sock = stand_in = mock.Mock()
+    assert writer.write(b"a") == 1
+    stand_in.sendall.assert_called_once_with(b"a")
+    del writer._sock
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="has no attribute '_sock'"):
+            writer.write(b"b")
+    writer._sock = connection
+    assert writer.write(b"c") == 1
+    assert other.recv(10) == b"c"
+
+
+def test_a_derived_writer_may_find_its_connection_in_its_own_way(kind: str) -> None:
+    with connected(kind) as (connection, other), connected(kind) as (another, _):
+
+        class Writer(type(writer_of(kind, connection))):  # type: ignore[misc]
+            @property
+            def _sock(self) -> Any:
+                return connection
+
+            @_sock.setter
+            def _sock(self, sock: Any) -> None:
+                assert sock is another
+
+        with contextlib.closing(Writer(another)) as writer:
+            assert writer.write(b"hello") == 5
+        assert other.recv(10) == b"hello"
+
+
+def test_vars_of_a_writer_does_not_tell_its_connection_in_c(ends: Ends, kind: str) -> None:
+    writer, connection, _ = ends
+    assert vars(writer) == ({} if kind == "c" else {"_sock": connection})
+    writer.extra = 1
+    assert vars(writer) == ({} if kind == "c" else {"_sock": connection}) | {"extra": 1}
+
+
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_a_large_write_waits_until_all_is_sent(ends: Ends, timeout: float | None) -> None:
     writer, connection, other = ends

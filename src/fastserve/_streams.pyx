@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True, freethreading_compatible=True
+# cython: language_level=3, embedsignature=True, embedsignature.format=clinic, freethreading_compatible=True
 """The C twin of the streams. Its contract and its types are those of ``_streams_py``.
 
 What is a ``socket.socket``, a ``socket.SocketIO`` or the stdlib's ``_SocketWriter`` there is one here as well: each
@@ -19,7 +19,7 @@ from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_R
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from cpython.object cimport PyTypeObject
+from cpython.object cimport PyObject, PyTypeObject
 from libc.errno cimport EAGAIN, EINTR
 from libc.math cimport ceil
 
@@ -29,6 +29,23 @@ from fastserve._hooks cimport fs_version_of
 from fastserve._sockets cimport descriptor_of, initialize, new_socket, timeout_of
 from fastserve._streams_py import Connection as _PyConnection, reduce_connection as _reduce_connection
 from fastserve._syscalls cimport MSG_DONTWAIT, POLLIN, fs_poll, fs_recv, fs_send, pollfd
+
+cdef extern from *:
+    """
+    #include <structmember.h>
+    static inline Py_ssize_t fs_place_of(PyObject *slot) { return ((PyMemberDescrObject *)slot)->d_member->offset; }
+    /* What is in a slot, borrowed; NULL: nothing. Without the GIL another thread may replace it meanwhile. */
+    static inline PyObject *fs_in_slot(PyObject *object, Py_ssize_t place)
+    {
+    #ifdef Py_GIL_DISABLED
+        return NULL;
+    #else
+        return *(PyObject **)((char *)object + place);
+    #endif
+    }
+    """
+    Py_ssize_t fs_place_of(object)
+    PyObject *fs_in_slot(object, Py_ssize_t)
 
 cdef object _plain_socket = _socket_module.socket
 cdef object _plain_init = _plain_socket.__init__
@@ -169,7 +186,22 @@ cdef inline bint _is_green(object cls) except -1:
     return True
 
 
+cdef object _writer_class  # below
+cdef Py_ssize_t _place_of_sock
+
+
+cdef inline object _connection_of(object writer):
+    """Return ``writer._sock``: for each write, and so without looking for the name."""
+    cdef PyObject *sock
+    if type(writer) is _writer_class:
+        sock = fs_in_slot(writer, _place_of_sock)
+        if sock != NULL:
+            return <object>sock
+    return writer._sock
+
+
 @cython.auto_pickle(False)
+@cython.binding(False)  # CPython calls them with less ado
 cdef class _Writer:
     """The methods of :class:`_SocketWriter`."""
 
@@ -180,7 +212,7 @@ cdef class _Writer:
         cdef Py_buffer view
         cdef Py_ssize_t sent
         cdef int fd, flags
-        cdef object sock = self._sock
+        cdef object sock = _connection_of(self)
         cdef object cls = type(sock)
         if _is_green(cls):
             if type(b) is bytes and green_send(sock, PyBytes_AS_STRING(b), PyBytes_GET_SIZE(b)):
@@ -218,11 +250,16 @@ cdef class _Writer:
 
 class _SocketWriter(_Writer, _StdlibWriter):
     __module__ = "fastserve.streams"
+    __slots__ = ("_sock",)  # CPython finds methods sooner where there is nothing in the __dict__
     __new__ = _StdlibWriter.__new__
 
     # A method of an extension class would not tell its parameters, nor could it be replaced.
     def __init__(self, sock):
         self._sock = sock
+
+
+_writer_class = _SocketWriter
+_place_of_sock = fs_place_of(_SocketWriter._sock)
 
 
 @cython.auto_pickle(False)
