@@ -111,19 +111,19 @@ cdef int send(Hub hub, object connection, const char *data, Py_ssize_t size) exc
     if fd < 0:
         raise error_of(EBADF)
     slot = hub.slot_of(connection, fd)
-    if slot.unread > 0 or hub.corked:
+    if slot.unread or hub.corked:
         if hub.corked and (hub.cork_owner is not connection or hub.corked + size > CORK):
             hub.flush()
             fd = descriptor_of(connection)  # asked for again after a wait: somebody may have closed it
             if fd < 0:
                 raise error_of(EBADF)
             slot = hub.slot_of(connection, fd)
-        if size <= CORK and (hub.corked or (slot.unread > 0 and not slot.exposed and deadline_of(connection) != 0.0)):
+        if size <= CORK and (hub.corked or (slot.unread and not slot.exposed and deadline_of(connection) != 0.0)):
             if hub.corked == 0:
                 hub.cork_owner = connection
             memcpy(hub.cork + hub.corked, data, size)
             hub.corked += size
-            if slot.unread == 0:
+            if not slot.unread:
                 hub.flush()
             return 0
     sent = fs_send(fd, data, size, MSG_DONTWAIT)
@@ -332,32 +332,28 @@ cdef class Reader:
             raise ValueError("raw stream has been detached" if self.detached else "I/O operation on closed file.")
         return self.sock
 
-    cdef int keep(self, bytes rest, Py_ssize_t position) except -1:
-        """Remember what is left, and tell the hub how much: replies are gathered meanwhile."""
+    cdef int keep(self, bytes rest) except -1:
+        """Remember what is left, and tell the hub whether there is something: replies are gathered meanwhile."""
         cdef Hub hub
         cdef int fd
-        cdef Py_ssize_t unread = PyBytes_GET_SIZE(rest) - position
-        if unread == 0:
-            rest = b""
-            position = 0
         self.rest = rest
-        self.position = position
+        self.position = 0
         hub = running_hub()
         if hub is not None and type(self.sock) is Connection:
             fd = descriptor_of(self.sock)
             if 0 <= fd < hub.slot_count and hub.slots[fd].owner == <void *>self.sock:
-                hub.slots[fd].unread = unread
+                hub.slots[fd].unread = PyBytes_GET_SIZE(rest) > 0
         return 0
 
-    cdef object take(self, Py_ssize_t size):
+    cdef bytes take(self, Py_ssize_t size):
         """Return that many bytes of what is left."""
         cdef bytes found
-        if self.position == 0 and size == PyBytes_GET_SIZE(self.rest):
-            found = self.rest
-            self.keep(b"", 0)
+        if size < self.left():
+            found = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.rest) + self.position, size)
+            self.position += size
             return found
-        found = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.rest) + self.position, size)
-        self.keep(self.rest, self.position + size)
+        found = self.rest[self.position:] if self.position else self.rest
+        self.keep(b"")
         return found
 
     cdef Py_ssize_t left(self):
@@ -419,7 +415,10 @@ cdef class Reader:
             raise
 
     def readline(self, size=-1, /):
-        cdef Py_ssize_t limit = -1 if size is None else size
+        return self.read_line(-1 if size is None else size)
+
+    cdef bytes read_line(self, Py_ssize_t limit):
+        """Do what ``readline()`` does."""
         cdef bytes line
         if limit >= 0 or self.max_line < 0:
             return self.next_line(limit)
@@ -456,16 +455,16 @@ cdef class Reader:
             return b""
         found = <const char *>memchr(hub.scratch, 10, length)
         if found == NULL or (0 <= limit < found - hub.scratch + 1):
-            self.keep(PyBytes_FromStringAndSize(hub.scratch, length), 0)
+            self.keep(PyBytes_FromStringAndSize(hub.scratch, length))
             if 0 <= limit <= length:
                 return self.take(limit)
             return self.long_line(limit)
         start = found - hub.scratch + 1
         line = PyBytes_FromStringAndSize(hub.scratch, start)
         if start < length:
-            self.keep(PyBytes_FromStringAndSize(hub.scratch + start, length - start), 0)
+            self.keep(PyBytes_FromStringAndSize(hub.scratch + start, length - start))
         elif hub.slots[descriptor_of(self.sock)].unread:
-            self.keep(b"", 0)
+            self.keep(b"")
         return line
 
     cdef bytes long_line(self, Py_ssize_t limit):
@@ -489,7 +488,7 @@ cdef class Reader:
             more = self.receive_bytes(DEFAULT)
             if not more:
                 break
-            self.keep(more, 0)
+            self.keep(more)
         return b"".join(parts)
 
     def read(self, size=-1, /):
@@ -509,7 +508,7 @@ cdef class Reader:
             if not more:
                 break
             if 0 <= wanted < len(more):
-                self.keep(more, 0)
+                self.keep(more)
                 more = self.take(wanted)
             parts.append(more)
             if wanted > 0:
@@ -530,7 +529,7 @@ cdef class Reader:
     def peek(self, Py_ssize_t size=0, /):
         self.opened()
         if not self.left():
-            self.keep(self.receive_bytes(DEFAULT) or b"", 0)
+            self.keep(self.receive_bytes(DEFAULT) or b"")
         return self.rest[self.position:]
 
     def readinto(self, buffer, /):
@@ -554,7 +553,7 @@ cdef class Reader:
                         return None
                     if not more:
                         break
-                    self.keep(more, 0)
+                    self.keep(more)
                 part = self.take(min(self.left(), len(view) - filled))
                 view[filled:filled + len(part)] = part
                 filled += len(part)
@@ -578,7 +577,7 @@ cdef class Reader:
         return self
 
     def __next__(self):
-        line = self.readline()
+        line = self.read_line(-1) if type(self) is Reader else self.readline()
         if not line:
             raise StopIteration
         return line
@@ -595,7 +594,7 @@ cdef class Reader:
             self.opened()
         if self.sock is not None:
             sock = self.sock
-            self.keep(b"", 0)
+            self.keep(b"")
             self.sock = None
             if self.made_raw is not None:
                 self.made_raw.close()

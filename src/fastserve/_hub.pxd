@@ -43,7 +43,7 @@ cdef struct Slot:
     void *reader  # the Task that waits to read, a reference; NULL: none
     void *writer  # the Task that waits to write, a reference
     void *others  # a list of further Tasks that wait for anything, a reference; NULL: none
-    Py_ssize_t unread  # bytes that were received and are still in the rfile
+    bint unread  # something that was received is still in the rfile
     uint32_t generation
     bint registered  # with epoll, for good
     bint drained  # the last read got less than it asked for: without an event there is nothing to read

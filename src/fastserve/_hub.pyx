@@ -508,7 +508,7 @@ cdef class Hub:
         slot.owner = NULL
         slot.generation += 1
         slot.registered = slot.drained = slot.peculiar = slot.exposed = False
-        slot.unread = 0
+        slot.unread = False
         if slot.reader != NULL or slot.writer != NULL or slot.others != NULL:
             for task in self.take_waiting(fd):
                 if _threading.get_ident() == self.owner:
