@@ -2,7 +2,8 @@
 
 CLASS is the class that follows ``PreforkMixIn``, ATTRIBUTES what the server's class has, as JSON; with "workers": 0 it
 has no such mix-in. "mix_ins" are names of others, which come before it. The first line on standard output is the
-address; a line is written for each worker that starts. A handler answers with what it is asked for.
+address; a line is written for each worker that starts, and for each request to sleep that begins. A handler answers
+with what it is asked for. With "again": true SIGUSR2 shuts the server down, which serves once more then.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Handler(fastserve.BaseRequestHandler):
             case ["pid"]:
                 return str(os.getpid()).encode()
             case ["sleep", seconds]:
+                os.write(1, b"sleeps\n")
                 fastserve.sleep(float(seconds))
             case ["block", seconds]:
                 time.sleep(float(seconds))
@@ -128,7 +130,6 @@ def main() -> None:
     extra = Extra if options.pop("counts_actions", False) else Deaf if options.pop("deaf", False) else Quiet
     own_handlers, again = options.pop("own_handlers", False), options.pop("again", False)
     counts = options.pop("counts", False)
-    stop_after = options.pop("stop_after", None)
     drain_timeout = options.pop("drain_timeout", None)
     line_handler = Kept if options.pop("kept", False) else Handler
     address = options.pop("address", ["127.0.0.1", 0])
@@ -157,16 +158,15 @@ def main() -> None:
     if not counts:
         signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=drain).start())
     where = server.server_address if isinstance(server.server_address, str) else server.server_address[1]
+    if again:
+        signal.signal(signal.SIGUSR2, lambda *_: threading.Thread(target=server.shutdown).start())
     print(where, os.getpid(), flush=True)
     with server:
-        if stop_after is not None:
-            threading.Timer(stop_after, server.shutdown).start()
         try:
             server.serve_forever()
         finally:
             print("served", flush=True)
         if again:
-            threading.Timer(stop_after, server.shutdown).start()
             server.serve_forever()
             print("served again", flush=True)
     print("left", len(os.listdir("/proc/self/fd")), flush=True)

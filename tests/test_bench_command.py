@@ -155,7 +155,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "handlers.py").write_text(HANDLERS)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    assert processes(tmp_path) == []
+    wait_until(lambda: processes(tmp_path) == [])  # the children of a server are killed, and gone a moment later
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def figures(*arguments: str, servers: int = 2) -> tuple[str, dict[str, Any]]:
 
 
 @needs_load
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "arguments",
     [("Echo",), ("Lines", "--pipeline", "4"), ("Datagrams", "--udp", "--pipeline", "4")],
@@ -231,6 +232,7 @@ def test_the_example_handlers_are_measured(here: Path, arguments: tuple[str, ...
 
 
 @needs_load
+@pytest.mark.alone
 def test_each_worker_model_is_compared_with_its_counterpart(here: Path) -> None:
     # The module is named, not its file; a name that is given twice is measured once.
     workers = ("--worker", "sync", "--worker", "fork", "--worker", "sync")
@@ -279,6 +281,7 @@ def test_answers_may_be_told_by_their_size(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.alone
 def test_answers_may_end_with_the_connection_and_have_the_time_in_them(here: Path) -> None:
     request = r"GET /handlers.py HTTP/1.0\r\n\r\n"
     # Not in haste: the two probes of this program are a second apart.
@@ -308,6 +311,7 @@ def test_a_handler_that_prints_does_not_stand_still(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.alone
 def test_it_is_announced_what_is_done_and_plain_lines_tell_how_far_it_is(
     of_lines: tuple[subprocess.CompletedProcess[str], Path],
 ) -> None:
@@ -365,6 +369,7 @@ def test_a_plot_is_drawn_as_svg(here: Path) -> None:
 
 
 @needs_load
+@pytest.mark.alone
 def test_an_encoding_without_the_micro_sign_is_no_obstacle(
     of_lines: tuple[subprocess.CompletedProcess[str], Path],
 ) -> None:
@@ -469,7 +474,7 @@ def test_a_signal_ends_everything(here: Path, moment: str, signum: signal.Signal
         rest = process.stderr.read().splitlines()
         assert rest[-1] == "fastserve bench: stopped"
         assert all(line.startswith("round") for line in rest[:-1])
-        assert processes(here) == []
+        wait_until(lambda: processes(here) == [])
 
 
 @needs_load

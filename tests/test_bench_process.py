@@ -17,7 +17,7 @@ import pytest
 
 from fastserve.bench import process
 from fastserve.bench.process import ServerFailed, ServerProcess
-from support import open_descriptors, wait_until
+from support import LIMIT, open_descriptors, wait_until
 
 pytestmark = pytest.mark.alone
 
@@ -96,7 +96,10 @@ def test_it_is_pinned_with_all_its_threads(stack: ExitStack) -> None:
     ],
     ids=["dies", "dies silently", "rubbish", "rubbish and dies", "no port"],
 )
-def test_a_server_that_does_not_start_says_why(code: str, status: int, message: str) -> None:
+def test_a_server_that_does_not_start_says_why(
+    code: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "STOP_LIMIT", LIMIT)  # however long it takes to end
     before = open_descriptors()
     with pytest.raises(ServerFailed, match=f"^the name did not start: .*{message}") as failed:
         ServerProcess("the name", [sys.executable, "-c", code], None)
@@ -151,8 +154,10 @@ def test_check_tells_of_a_server_that_has_ended(stack: ExitStack) -> None:
 
 def test_reading_its_errors_does_not_disturb_what_it_writes(stack: ExitStack) -> None:
     code = (
-        "import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: print('second', file=sys.stderr, flush=True))\n"
-        f"print('first', file=sys.stderr, flush=True)\n{PORT}while True: signal.pause()"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('second', file=sys.stderr, flush=True))\n"
+        # Not pause(): a signal that comes just before it would be heeded at the next one.
+        f"print('first', file=sys.stderr, flush=True)\n{PORT}while True: time.sleep(0.1)"
     )
     server = start(stack, code)
     assert server.errors() == "first"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cli_support import WORKERS, address_of, cli, connect, exchange, run, started, stop
-from support import wait_until
+from support import in_time, wait_until
 
 if importlib.util.find_spec("prometheus_client") is None:
     pytest.skip("prometheus-client is not installed", allow_module_level=True)
@@ -42,9 +42,14 @@ def url_of(server: subprocess.Popen[str]) -> str:
 
 def scrape(url: str) -> dict[tuple[str, ...], float]:
     """Return the samples at this moment, by their names and the values of their labels."""
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain; version=")
-        text = answer.read().decode()
+
+    def ask() -> str:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=")
+            text: str = answer.read().decode()
+        return text
+
+    text = in_time(ask, 1)
     families = list(text_string_to_metric_families(text))
     assert all(family.name.startswith("fastserve_") and family.documentation for family in families)
     return {
@@ -115,19 +120,24 @@ def test_datagrams_are_counted(here: Path) -> None:
 
 def test_limits_are_counted(here: Path) -> None:
     with measured("--max-connections-per-client", "1", "--idle-timeout", "1") as (server, address, url):
+        begun = time.monotonic()
         with connect(address) as first, connect(address) as second:
             assert second.recv(1) == b""
+            was_quick = time.monotonic() - begun < 1
             assert first.recv(1) == b""
         wait_until(lambda: total(scrape(url), "connections_active") == 0)
         samples = scrape(url)
-        assert samples["connections_refused_total", "max_connections_per_client", "0"] == 1
-        assert samples["requests_timed_out_total", "idle_timeout", "0"] == 1
+        refused = samples["connections_refused_total", "max_connections_per_client", "0"]
+        timed_out = samples["requests_timed_out_total", "idle_timeout", "0"]
+        # On a busy machine the first may have been idle for too long before the second came.
+        assert (refused, timed_out) == (1, 1) or (not was_quick and (refused, timed_out) == (0, 2))
         stop(server)
 
 
 @linux
 def test_a_worker_that_is_killed_takes_nothing_away(here: Path) -> None:
     with measured("--workers", "2") as (server, address, url):
+        wait_until(lambda: len(children_of(server.pid)) == 2)
         pids = children_of(server.pid)
         for _ in range(5):
             with connect(address) as client:

@@ -18,6 +18,7 @@ import pytest
 
 import fastserve
 from cli_support import HANDLERS, MODULE, SCRIPT, cli, run, started
+from support import settle_before_signal
 
 PROGRAM = """\
 import json, os, sys, threading
@@ -145,6 +146,7 @@ def test_a_program_is_interrupted_as_under_python(here: Path) -> None:
         ) as process:
             try:
                 assert process.stdout.readline() == "ready\n"
+                settle_before_signal(process.pid)
                 process.send_signal(signal.SIGINT)
                 status = process.wait(60)
                 # The signal may come before the last call: only the marks under the line tell them apart.

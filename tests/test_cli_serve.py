@@ -30,7 +30,7 @@ from cli_support import (
 )
 from fastserve import _backend
 from fastserve.cli import _resolve
-from support import wait_until
+from support import settle_before_signal, wait_until
 
 
 @pytest.mark.parametrize("worker", WORKERS)
@@ -104,6 +104,8 @@ def test_a_signal_stops_at_once_whatever_clients_are_connected(
                 client = connected.enter_context(connect(address))
                 if number == 0 or worker != "sync":  # a sync server is busy with its first client
                     assert exchange(client) == b"HELLO\n"
+            if worker == "sync" and clients:
+                settle_before_signal(server.pid)  # it waits for its client in the main thread
             assert stop(server, signum) < QUICK
         with pytest.raises(ConnectionRefusedError):
             connect(address)
@@ -115,6 +117,7 @@ def test_stopping_ends_the_children_of_a_forking_server(here: Path) -> None:
         with connect(address_of(server)) as client:
             child = int(client.recv(100))
             assert child != server.pid
+            settle_before_signal(child)
             stop(server)
             assert client.recv(1) == b""
         with pytest.raises(ProcessLookupError):
@@ -127,7 +130,9 @@ def test_a_signal_to_a_forked_child_ends_the_child_alone(here: Path, signum: int
     with started("serve", "handlers:Pid", "--bind", "127.0.0.1:0", "--worker", "fork") as server:
         address = address_of(server)
         with connect(address) as client:
-            os.kill(int(client.recv(100)), signum)
+            child = int(client.recv(100))
+            settle_before_signal(child)
+            os.kill(child, signum)
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(1) == b""
         with connect(address) as client:
@@ -189,7 +194,7 @@ def test_a_signal_stops_a_handler_that_holds_the_loop_of_its_greenlet(here: Path
     with started("serve", "handlers:Sleeping", "--bind", "127.0.0.1:0", "--worker", "greenlet") as server:
         with connect(address_of(server)) as client:
             assert client.recv(100) == b"asleep"
-            time.sleep(0.2)  # until it is: Python's own sleep() is not ended by a signal that comes just before it
+            settle_before_signal(server.pid)
             server.send_signal(signum)
             assert server.wait(QUICK) == 0
             assert "Traceback" not in server.stderr.read()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from children import IMPLEMENTATIONS, TIME_LIMIT, Child, child
-from support import wait_until
+from support import settle_before_signal, wait_until
 
 pytest.importorskip("trustme")
 
@@ -133,6 +133,8 @@ def test_loading_certificates_does_not_wait_for_a_client_nor_disturb_it(start: A
             for _ in range(5):
                 client.sendall(b"hello\n")
                 assert client.recv(10) == b"HELLO\n"
+                if worker == "sync":
+                    settle_before_signal(process.process.pid)  # it waits for its client in the main thread
                 process.process.send_signal(signal.SIGHUP)
                 assert next(errors) == "fastserve: the certificates were loaded again"
             process.process.send_signal(signal.SIGHUP)  # and is interrupted where it waits for the client
@@ -257,6 +259,7 @@ def test_processes_that_are_replaced_have_the_new_certificate(start: Any, here: 
         (here / "server.key").write_bytes(b"")
         process.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "the certificates were not loaded again, and stay what they were: " in process.errors())
-        assert certificate_of(server) == second
+        # On a busy machine a process that was replaced may have been about to accept once more.
+        wait_until(lambda: [certificate_of(server) for _ in range(8)] == [second] * 8)
         process.process.terminate()
         assert process.end() == ""

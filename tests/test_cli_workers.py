@@ -89,4 +89,4 @@ def test_log_level_tells_of_requests(here: Path) -> None:
         assert server.wait(60) == 0
         assert server.stderr is not None
         (line,) = server.stderr.read().splitlines()
-        assert re.fullmatch(r"[-0-9]+ [0-9:,]+ \d+ INFO 127\.0\.0\.1:\d+ ok \d\.\d{6} s", line)
+        assert re.fullmatch(r"[-0-9]+ [0-9:,]+ \d+ INFO 127\.0\.0\.1:\d+ ok \d+\.\d{6} s", line)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import fastserve
-from support import LIMIT, serving, wait_until
+from support import LIMIT, in_time, serving, wait_until
 
 pytest.importorskip("trustme")
 
@@ -98,12 +98,18 @@ def test_workers_are_replaced_with_everything_on(impl: str, name: str, tmp_path:
 @pytest.mark.parametrize("name", ALL)
 def test_clients_have_their_limits_with_everything_on(impl: str, name: str, tmp_path: Path) -> None:
     with everything(tmp_path, impl, name, idle_timeout=0.5) as server:
-        with client_of(server.address) as idle:
-            assert exchange(idle, "client") == str(V1_CLIENT)
-            with contextlib.suppress(ConnectionError):
-                assert idle.recv(1) == b""
-        with client_of(server.address) as busy:
-            assert exchange(busy, "client") == str(V1_CLIENT)
+
+        def idle_client() -> None:
+            with client_of(server.address) as idle:
+                assert exchange(idle, "client") == str(V1_CLIENT)
+                with contextlib.suppress(ConnectionError):
+                    assert idle.recv(1) == b""
+
+        def busy_client() -> None:
+            assert ask(server) == str(V1_CLIENT)
+
+        in_time(idle_client, 0.5)
+        in_time(busy_client, 0.5)
         server.send(signal.SIGTERM)
         assert server.ended() == 0
         assert server.errors() == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import io
+import select
 import socket
 import struct
 import threading
@@ -348,6 +349,7 @@ def test_finish_passes_over_a_client_that_has_gone(
     def handle(self: Any) -> None:
         self.wfile.write(b"kept in the buffer")
         assert gone.wait(60)
+        assert select.select([self.request], [], [], 60)[0]  # the reset, or the end of the other client, has arrived
 
     with handling(module, handle, base, wbufsize=-1) as server:
         client = connect(server)

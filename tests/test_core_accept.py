@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import sys
@@ -85,7 +86,7 @@ def test_accept_does_what_the_method_does(core: ModuleType, client_name: str, tm
 
 
 @pytest.mark.parametrize("default", [None, 0.0, 5.0])
-@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize("timeout", [None, 60.0])
 def test_accepted_sockets_get_the_timeouts_that_the_method_gives(
     core: ModuleType, listener: socket.socket, default: float | None, timeout: float | None
 ) -> None:
@@ -126,7 +127,7 @@ def test_accept_raises_what_the_method_raises(core: ModuleType, tmp_path: Path) 
 
 
 def test_accept_waits_for_the_timeout_of_the_listener(core: ModuleType, listener: socket.socket) -> None:
-    listener.settimeout(5)
+    listener.settimeout(60)
     client = socket.socket()
     later = threading.Timer(0.03, client.connect, [listener.getsockname()])
     later.start()
@@ -202,18 +203,19 @@ def test_a_wait_goes_on_after_a_signal_with_the_time_that_is_left(
     core: ModuleType, listener: socket.socket, what: str
 ) -> None:
     calls: list[int] = []
-    for timeout in (0.15, 1.5, 15.0):  # a longer one if the machine is too busy to send the signals in time
+    # A longer one if the machine is too busy to send the signals in time; those that come at once are one.
+    for timeout in (0.15, 1.5, 15.0):
         calls.clear()
         began = time.monotonic()
-        with interrupted(lambda signum, frame: calls.append(signum), 3):
+        with interrupted(lambda signum, frame: calls.append(signum)):
             with pytest.raises(TimeoutError) if what == "accept" else contextlib.nullcontext():
                 assert not wait_for(core, what, listener, timeout)
             seconds = time.monotonic() - began
             came = len(calls)
         assert timeout - 0.001 <= seconds < timeout + 30
-        if came == 3:
+        if came >= 3:
             break
-    assert came == 3
+    assert came >= 3
 
 
 @pytest.mark.parametrize("what", WAITS)
@@ -221,14 +223,13 @@ def test_an_endless_wait_goes_on_after_a_signal(core: ModuleType, listener: sock
     client = socket.socket()
 
     def connect_at_the_second(signum: int, frame: FrameType | None) -> None:
-        calls.append(signum)
-        if len(calls) == 2:
+        if next(calls) == 2:  # each has a number of its own, though one may come while another is handled
             client.connect(listener.getsockname())
 
-    calls: list[int] = []
-    with client, interrupted(connect_at_the_second, 2):
+    calls = itertools.count(1)
+    with client, interrupted(connect_at_the_second):  # more than two: those that come at once are one
         assert wait_for(core, what, listener, None)
-        assert len(calls) == 2
+        assert next(calls) > 2
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
@@ -237,11 +238,14 @@ def test_what_a_signal_handler_raises_comes_out_of_a_wait(
     core: ModuleType, listener: socket.socket, what: str, timeout: float | None
 ) -> None:
     def raise_it(signum: int, frame: FrameType | None) -> None:
-        raise Handled
+        if next(calls) == 1:
+            raise Handled
 
+    calls = itertools.count(1)
     before = open_descriptors()
     began = time.monotonic()
-    with pytest.raises(Handled), interrupted(raise_it, 1):
+    # Again and again: Python looks for signals before a system call, and one that comes just then does not end it.
+    with pytest.raises(Handled), interrupted(raise_it):
         wait_for(core, what, listener, timeout)
     assert time.monotonic() - began < 30
     assert open_descriptors() == before
@@ -252,12 +256,14 @@ def test_accept_does_not_use_the_number_of_a_listener_that_a_signal_handler_clos
     with listener, listening(socket.AF_INET, ("127.0.0.1", 0)) as other, socket.create_connection(other.getsockname()):
 
         def close_and_reuse(signum: int, frame: FrameType | None) -> None:
+            if reused:
+                return
             reused.append(listener.fileno())
             listener.close()
             os.dup2(other.fileno(), reused[0], inheritable=False)
 
         reused: list[int] = []
-        with interrupted(close_and_reuse, 1), pytest.raises(OSError) as caught:
+        with interrupted(close_and_reuse), pytest.raises(OSError) as caught:
             core.accept(listener)[0].close()
         os.close(reused[0])
         assert caught.value.errno == errno.EBADF

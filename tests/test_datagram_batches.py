@@ -290,7 +290,7 @@ def test_batches_leave_no_descriptor(impl: str) -> None:
 def run_script(impl: str, script: str) -> list[str]:
     """Run a program that forks, in a process without threads; return the lines that it prints."""
     environment = dict(os.environ, FASTSERVE_NO_EXTENSIONS=str(int(impl == "py")))
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout.splitlines()
@@ -374,7 +374,7 @@ class Server(fastserve.ForkingUDPServer):
         if self.turns == 20:
             self._BaseServer__shutdown_request = True
 with Server(("127.0.0.1", 0), Handler) as server, socket.socket(type=socket.SOCK_DGRAM) as client:
-    client.settimeout(10)
+    client.settimeout(60)
     client.connect(server.server_address)
     for number in range(20):
         client.send(b"%d" % number)
@@ -395,7 +395,7 @@ def test_a_short_soak_adds_up(impl: str, options: list[str]) -> None:
     soak = Path(__file__).parent.parent / "bench" / "soak.py"
     environment = dict(os.environ, FASTSERVE_NO_EXTENSIONS=str(int(impl == "py")))
     command = [sys.executable, str(soak), "datagrams", "--requests", "5000", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "5,000 sent" in done.stdout
 
@@ -411,7 +411,7 @@ def loopback() -> tuple[socket.socket, socket.socket]:
     return receiver, sender
 
 
-@pytest.mark.parametrize("timeout", [0.0, 20.0])
+@pytest.mark.parametrize("timeout", [0.0, 60.0])
 def test_a_listener_with_a_timeout_does_not_wait_for_more_datagrams(impl: str, timeout: float) -> None:
     log: list[bytes] = []
     begun = time.monotonic()
@@ -421,7 +421,7 @@ def test_a_listener_with_a_timeout_does_not_wait_for_more_datagrams(impl: str, t
             sent = send_numbers(client, 3)
             server.serve_forever(30)
     assert log == sent
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("twin", sorted(TWINS))

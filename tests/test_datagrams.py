@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastserve
-from support import serving, wait_until
+from support import LIMIT, serving, wait_until
 
 ADDRESS = ("127.0.0.1", 0)
 HOOKS = [
@@ -31,7 +31,7 @@ HOOKS = [
 def client_of(server: Any, name: Any = None) -> Iterator[socket.socket]:
     """Give a socket that is connected to a server; bound, if it gets a name."""
     with socket.socket(server.address_family, socket.SOCK_DGRAM) as client:
-        client.settimeout(10)
+        client.settimeout(LIMIT)
         if name is not None:
             client.bind(name)
         client.connect(server.server_address)
@@ -514,19 +514,19 @@ def test_shutdown_from_another_thread_stops_within_a_batch(module: ModuleType) -
 
     def then(handler: Any) -> None:
         first.set()
-        assert go_on.wait(10)
+        assert go_on.wait(LIMIT)
 
     with module.UDPServer(ADDRESS, logging_handler(module, log, then)) as server, client_of(server) as client:
         send_numbers(client, 5)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        assert first.wait(10)
+        assert first.wait(LIMIT)
         stopping = threading.Thread(target=server.shutdown)
         stopping.start()
         wait_until(lambda: server.__dict__["_BaseServer__shutdown_request"])
         go_on.set()
-        stopping.join(10)
-        thread.join(10)
+        stopping.join(LIMIT)
+        thread.join(LIMIT)
         assert not thread.is_alive() and not stopping.is_alive()
         assert log == [b"0"]
 
@@ -644,7 +644,7 @@ def test_several_loops_and_handle_request_share_a_server(module: ModuleType, bas
             server._BaseServer__shutdown_request = True
             threads[0].join(0.02)
         for thread in threads:
-            thread.join(10)
+            thread.join(LIMIT)
     assert sorted(log) == sorted(sent)
 
 
@@ -655,7 +655,7 @@ def test_a_loop_beside_a_slow_one_takes_the_datagrams(module: ModuleType) -> Non
     def then(handler: Any) -> None:
         if handler.request[0] == b"0":
             slow.set()
-            assert go_on.wait(10)
+            assert go_on.wait(2 * LIMIT)  # longer than the test waits for the others
 
     with module.UDPServer(ADDRESS, logging_handler(module, log, then)) as server, client_of(server) as client:
         server.socket.settimeout(0.05)
@@ -663,7 +663,7 @@ def test_a_loop_beside_a_slow_one_takes_the_datagrams(module: ModuleType) -> Non
         for thread in threads:
             thread.start()
         sent = send_numbers(client, 20)
-        assert slow.wait(10)
+        assert slow.wait(LIMIT)
         wait_until(lambda: len(log) == 20)
         go_on.set()
         while any(thread.is_alive() for thread in threads):
@@ -677,7 +677,7 @@ def test_a_thread_for_each_datagram(module: ModuleType) -> None:
     barrier = threading.Barrier(5)
 
     def then(handler: Any) -> None:
-        barrier.wait(10)  # they run at the same time
+        barrier.wait(LIMIT)  # they run at the same time
         log.append(threading.get_ident())
 
     with module.ThreadingUDPServer(ADDRESS, logging_handler(module, log, then)) as server, client_of(server) as client:

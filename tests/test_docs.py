@@ -338,9 +338,8 @@ def test_a_running_loop_has_descriptors_of_its_own(impl: str) -> None:
         before = open_descriptors()
         with serving(server):
             assert talk(server.server_address, b"a\n") == b"A\n"
-            wait_until(lambda: open_descriptors() > before)
-            most = open_descriptors() - before
-        assert 1 <= most <= 3
+            # The connection is closed a moment after its client has seen the end.
+            wait_until(lambda: 1 <= open_descriptors() - before <= 3)
     assert open_descriptors() == before - 1  # the listener
 
 

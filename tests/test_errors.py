@@ -99,7 +99,7 @@ def test_an_episode_of_exhaustion_is_reported_once(impl: str, code: int, capsys:
     # 10 ms, doubled each time; a wait of whole milliseconds may end a little early
     assert all(pause >= wanted - 0.002 for pause, wanted in zip(pauses, [0.01, 0.02, 0.04, 0.08], strict=True))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
+    assert 1 <= len(lines) <= 1 + sum(pause > 4 for pause in pauses)  # after 5 s without a failure it is told again
     assert lines[0].startswith(f"fastserve: cannot accept on {address!r}: [Errno {code}] {os.strerror(code)}; ")
 
 

@@ -39,10 +39,18 @@ def processor_seconds(pid: int) -> float:
 def assert_rests(pid: int) -> None:
     """Assert that a process uses hardly any processor time; 2% of a processor is what it may use, and noise."""
     time.sleep(0.3)  # what could be accepted has been
-    before = processor_seconds(pid)
-    time.sleep(1.0)
-    used = processor_seconds(pid) - before
-    assert used < 0.05, f"it used {used:.3f} s of processor time in a second"
+
+    def rests() -> bool:
+        before, begun = processor_seconds(pid), time.monotonic()
+        time.sleep(1.0)
+        return processor_seconds(pid) - before < 0.05 * (time.monotonic() - begun)
+
+    wait_until(rests)  # on a busy machine it may still handle what it has accepted: one that spins never rests
+
+
+def assert_told_once(server: Program, begun: float) -> None:
+    """Assert that the want of descriptors was told once; it is again when there was none for 5 seconds."""
+    assert 1 <= server.errors().count("cannot accept") <= 1 + (time.monotonic() - begun) / 5
 
 
 @contextlib.contextmanager
@@ -78,11 +86,12 @@ def test_a_server_rests_while_it_has_no_descriptors_and_serves_all_in_the_end(
     with program(tmp_path, impl, name, workers=workers, max_workers=100) as server:
         pid = server.workers()[0] if workers else server.process.pid
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+        begun = time.monotonic()
         with crowd(server, CLIENTS, b"pid\n") as selector:
             wait_until(lambda: "cannot accept" in server.errors())
             assert_rests(pid)
             assert answers(selector) == [b"%d\n" % pid] * CLIENTS
-        assert server.errors().count("cannot accept") == 1
+        assert_told_once(server, begun)
         server.send(signal.SIGTERM)
         server.ended()
 
@@ -122,12 +131,13 @@ def test_a_server_that_may_open_nothing_rests_and_serves_all_when_it_may(
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         assert server.ask("client")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        begun = time.monotonic()
         with crowd(server, 100, b"client\n") as selector:
             wait_until(lambda: "cannot accept" in server.errors())
             assert_rests(pid)
             assert not selector.select(0)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
             assert all(answer.startswith(b"('127.0.0.1', ") for answer in answers(selector))
-        assert server.errors().count("cannot accept") == 1
+        assert_told_once(server, begun)
         server.send(signal.SIGTERM)
         server.ended()

@@ -18,7 +18,7 @@ import pytest
 
 import fastserve
 from conftest import NO_EXTENSIONS, TWINS
-from fastserve import _backend
+from fastserve import _backend, _loop
 from support import LIMIT, open_descriptors, serving, wait_until
 
 NEEDS_C = pytest.mark.skipif(NO_EXTENSIONS, reason="the extensions are not built")
@@ -171,7 +171,8 @@ def served_by_two_threads(server: Any, client: Callable[[int], None]) -> None:
     other.start()
     try:
         with serving(server), in_threads(*(lambda n=n: client(n) for n in range(THREADS))):  # type: ignore[misc]
-            pass
+            # A thread that comes to serve when all is over finds the listener closed.
+            wait_until(lambda: len(_loop.State.of(server).loops) == 2)
     finally:
         server.shutdown()
         other.join(LIMIT)

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -23,7 +24,7 @@ greenlet = pytest.importorskip("greenlet")
 from fastserve import _backend  # noqa: E402
 from green_support import BIG, PAIRS, attempt, exchange, read_all  # noqa: E402
 from hub_support import running  # noqa: E402
-from support import LIMIT, wait_until  # noqa: E402
+from support import LIMIT  # noqa: E402
 
 # Handlers and clients. Each exchange has the same outcome in a hub and in a thread.
 
@@ -123,11 +124,21 @@ def not_waiting(c: Any) -> Any:
 
 
 # Who reads before sendall() has failed may make room for all of it: a machine may be busy with something else.
-@case(lambda c: (wait_until(lambda: c.recv(1, socket.MSG_PEEK)), time.sleep(1), len(read_all(c)) > 0)[2])
+has_failed = threading.Event()
+
+
+def reads_late(c: Any) -> bool:
+    assert has_failed.wait(LIMIT)
+    has_failed.clear()
+    return len(read_all(c)) > 0
+
+
+@case(reads_late)
 def non_blocking(c: Any) -> Any:
     c.setblocking(False)
     found = [attempt(c.recv, 10), attempt(c.recv_into, bytearray(1)), attempt(c.accept), c.gettimeout()]
     found.append(attempt(c.sendall, bytes(50_000_000)))
+    has_failed.set()
     found.append(c.makefile("rb").read(1))
     c.setblocking(True)
     return [*found, c.gettimeout()]
@@ -165,14 +176,17 @@ def timeouts(c: Any) -> Any:
     return [*found, attempt(c.recvmsg, 1), attempt(c.recv, 1, socket.MSG_PEEK), c.sendall(b"x")]
 
 
-@case(lambda c: (wait_until(lambda: c.recv(1, socket.MSG_PEEK)), time.sleep(0.3), len(read_all(c)) > 0)[2])
+@case(reads_late)
 def timeout_of_sendall(c: Any) -> Any:
     c.settimeout(0.05)
-    return attempt(c.sendall, bytes(50_000_000))
+    found = attempt(c.sendall, bytes(50_000_000))
+    has_failed.set()
+    return found
 
 
 @case(slowly(b"half a li", pause=0.0))
 def timeout_in_a_line(c: Any) -> Any:
+    c.recv(1, socket.MSG_PEEK)  # the beginning of the line has come: the client may take longer than the timeout
     c.settimeout(0.3)
     with c.makefile("rb") as file:
         return [attempt(file.readline), attempt(file.readline), attempt(file.read, 1)]
@@ -321,7 +335,7 @@ def sendfile(c: Any) -> Any:
             attempt(c.sendfile, file, 0, -1),
             attempt(c.sendfile, io.StringIO("x")),
         ]
-        c.settimeout(5)
+        c.settimeout(LIMIT)
         found.append(send_file(c, file))
         c.setblocking(False)
         found.append(attempt(c.sendfile, file))
@@ -466,9 +480,9 @@ def test_connections_are_made_and_accepted(impl: str, tmp_path: Path) -> None:
             listener, seen = green(family), []
             listener.bind(address)
             listener.listen()
-            free = socket.create_server(("127.0.0.1", 0))
+            free = socket.socket()  # it does not listen, and keeps others from the port
+            free.bind(("127.0.0.1", 0))
             refused = free.getsockname() if family == socket.AF_INET else str(tmp_path / "nothing")
-            free.close()
 
             def serve(listener: Any = listener, seen: list[Any] = seen) -> None:
                 connection, _ = listener.accept()
@@ -482,7 +496,7 @@ def test_connections_are_made_and_accepted(impl: str, tmp_path: Path) -> None:
                     client.sendall(b"data")
 
             def fail(family: int = family, refused: Any = refused, seen: list[Any] = seen) -> None:
-                for timeout in (None, 5.0):
+                for timeout in (None, LIMIT):
                     with green(family) as client, socket.socket(family) as model:
                         client.settimeout(timeout)
                         seen.append(attempt(client.connect, refused) == attempt(model.connect, refused))
@@ -490,7 +504,7 @@ def test_connections_are_made_and_accepted(impl: str, tmp_path: Path) -> None:
                         client.settimeout(timeout)
                         seen.append(client.connect_ex(refused) == model.connect_ex(refused))
 
-            for timeout in (None, 5.0):
+            for timeout in (None, LIMIT):
                 hub.start(serve)
                 hub.start(connect, family, listener, timeout)
                 assert hub.drain(LIMIT)
@@ -498,6 +512,7 @@ def test_connections_are_made_and_accepted(impl: str, tmp_path: Path) -> None:
             assert hub.drain(LIMIT)
             assert seen == [(True, None, b"data")] * 2 + [True] * 4
             listener.close()
+            free.close()
 
 
 def test_a_full_backlog_of_a_unix_socket_is_waited_for(impl: str, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ IN_PLACE = [
 # What holds
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_what_the_stdlib_promises_holds_with_greenlets() -> None:
     """Run the tests that run on the stdlib itself, all but those that are known to differ."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "greenlets_in_place"]
@@ -61,7 +61,7 @@ def test_what_the_stdlib_promises_holds_with_greenlets() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=880,
         cwd=TESTS.parent,
         env={
             **os.environ,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from support import LIMIT, wait_until
+from support import LIMIT, talk, wait_until
 from test_prefork import Program, program
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "haproxy" / "haproxy.cfg"
@@ -32,16 +32,27 @@ pytestmark = [
 ]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+@contextlib.contextmanager
+def free_ports(count: int) -> Iterator[list[int]]:
+    """Yield ports that nobody else is given: who asks for one by its number may have it beside who holds it here."""
+    with contextlib.ExitStack() as stack:
+        holders = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for holder in holders:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+        yield [int(holder.getsockname()[1]) for holder in holders]
 
 
 @contextlib.contextmanager
-def haproxy(tmp_path: Path, ports: list[int]) -> Iterator[int]:
-    """Run HAProxy with the configuration that is recommended, before servers at these ports; yield its own."""
-    port = free_port()
+def haproxy(tmp_path: Path, port: int, control: int, ports: list[int]) -> Iterator[None]:
+    """Run HAProxy at a port, with the configuration that is recommended, before servers at ``ports``.
+
+    :param control: the port at which it tells what it knows of them.
+    """
     text = CONFIGURATION.read_text().replace("bind :8080", f"bind 127.0.0.1:{port}")
+    text = text.replace("\nglobal\n", f"\nglobal\n    stats socket ipv4@127.0.0.1:{control}\n")
+    # A server on a busy machine may take long to answer a check, and is up nevertheless.
+    text = text.replace("\ndefaults\n", "\ndefaults\n    timeout check 30s\n")
     for number, server in enumerate(ports, 1):
         assert f":800{number}\n" in text
         text = text.replace(f":800{number}\n", f":{server}\n")
@@ -50,9 +61,16 @@ def haproxy(tmp_path: Path, ports: list[int]) -> Iterator[int]:
     with subprocess.Popen(["haproxy", "-db", "-f", str(file)], stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: answers(port))
-            yield port
+            yield
         finally:
             process.kill()
+
+
+def sends_to_both(control: int) -> bool:
+    """Return whether HAProxy takes both servers to be up."""
+    names, *rows = [line.split(",") for line in talk(("127.0.0.1", control), b"show stat\n").decode().splitlines()]
+    place = names.index("status")
+    return [row[place] for row in rows if row[:1] == ["app"] and row[1] != "BACKEND"] == ["UP", "UP"]
 
 
 def answers(port: int) -> bool:
@@ -77,15 +95,15 @@ def test_no_request_fails_while_the_servers_are_restarted(impl: str, tmp_path: P
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    ports = [free_port() for _ in folders]
 
     def start(stack: contextlib.ExitStack, number: int) -> Program:
         options = {"address": ["127.0.0.1", ports[number]], "allow_reuse_address": True}
         return stack.enter_context(program(folders[number], impl, "http", **options))
 
     with contextlib.ExitStack() as stack:
+        port, control, *ports = stack.enter_context(free_ports(4))
         servers = [start(stack, number) for number in range(2)]
-        port = stack.enter_context(haproxy(tmp_path, ports))
+        stack.enter_context(haproxy(tmp_path, port, control, ports))
         ended = threading.Event()
         statuses: list[int] = []
         failed: list[str] = []
@@ -111,15 +129,16 @@ def test_no_request_fails_while_the_servers_are_restarted(impl: str, tmp_path: P
                     time.sleep(0.2)
             for number, server in enumerate(servers):
                 wait_until(lambda: answers(ports[1 - number]))  # noqa: B023
-                time.sleep(1.0)  # so long that HAProxy knows it too
+                wait_until(lambda: sends_to_both(control))
                 server.send(signal.SIGTERM)
                 assert server.ended() == 0
                 servers[number] = start(stack, number)
             time.sleep(max(SECONDS - (time.monotonic() - begun), 0.0))
+            wait_until(lambda: len(statuses) > 100)
         finally:
             ended.set()
             for client in clients:
                 client.join()
         assert not failed
-        assert set(statuses) == {200} and len(statuses) > 100
+        assert set(statuses) == {200}
         print(f"{len(statuses)} requests")

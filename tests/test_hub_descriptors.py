@@ -266,9 +266,11 @@ def test_greenlets_of_a_handler_wait_too(hub: Any, pair: tuple[Any, Any]) -> Non
 def test_a_handler_that_waits_in_a_greenlet_of_its_own_is_not_woken_there(hub: Any) -> None:
     seen: list[Any] = []
     tasks: list[Any] = []
+    inners: list[Any] = []
 
     def inner() -> str:
-        hub.park(0.02)
+        inners.append(hub.this())
+        hub.park(LIMIT)
         return "result"
 
     def task() -> None:
@@ -284,5 +286,6 @@ def test_a_handler_that_waits_in_a_greenlet_of_its_own_is_not_woken_there(hub: A
     hub.park(0.001)
     assert seen == []
     hub.kill()
+    hub.wake(inners[0])
     finish(hub)
     assert seen == ["result", "killed"]

@@ -215,21 +215,33 @@ def test_a_worker_is_replaced_after_its_requests(impl: str, name: str, tmp_path:
 
 
 def test_a_worker_whose_loop_does_not_go_round_is_killed(impl: str, tmp_path: Path) -> None:
-    with program(tmp_path, impl, "TCPServer", worker_timeout=0.5) as server, server.connect() as client:
-        first = server.started()
-        assert exchange(client, "block 60") == ""  # the end of the connection
-        wait_until(lambda: len(server.started()) == 3 and len(server.workers()) == 2)
+    with program(tmp_path, impl, "TCPServer", worker_timeout=0.5) as server:
+
+        def replaces_the_one_that_blocks() -> bool:
+            first = set(server.workers())
+            # It may be killed before it has read the line.
+            with contextlib.suppress(ConnectionError), server.connect() as client:
+                assert exchange(client, "block 60") == ""  # the end of the connection
+            wait_until(lambda: len(server.workers()) == 2 and set(server.workers()) != first)
+            return len(first & set(server.workers())) == 1
+
+        wait_until(replaces_the_one_that_blocks)  # on a busy machine the other one may be late too
         assert "has not answered for 0.5 s, and is killed" in server.errors()
-        assert len(set(first) & set(server.workers())) == 1
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_worker_that_answers_is_left_alone(impl: str, name: str, tmp_path: Path) -> None:
     if name == "TCPServer":
         pytest.skip("its loop does not go round while it handles a request")
-    with program(tmp_path, impl, name, worker_timeout=0.6) as server, server.connect() as client:
-        assert exchange(client, "sleep 2") == "done"
-        assert len(server.started()) == 2 and server.errors() == ""
+    with program(tmp_path, impl, name, worker_timeout=0.6) as server:
+
+        def leaves_them_alone() -> bool:
+            before = server.started(), server.errors()
+            with contextlib.suppress(ConnectionError), server.connect() as client:
+                return exchange(client, "sleep 2") == "done" and (server.started(), server.errors()) == before
+            return False
+
+        wait_until(leaves_them_alone)  # on a busy machine a worker may be late although it goes round
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -237,7 +249,7 @@ def test_sigterm_lets_what_runs_end(impl: str, name: str, tmp_path: Path) -> Non
     with program(tmp_path, impl, name, daemon_threads=False) as server, server.connect() as client:
         assert exchange(client, "pid")
         client.sendall(b"sleep 1\n")
-        time.sleep(0.3)  # it has begun then
+        wait_until(lambda: "sleeps" in server.lines)  # it has begun
         server.send(signal.SIGTERM)
         with client.makefile("rb") as file:
             assert file.readline() == b"done\n"
@@ -290,7 +302,7 @@ def test_a_worker_ends_what_runs_and_then_its_connection(impl: str, name: str, t
     with program(tmp_path, impl, name, **options) as server, server.connect() as client:
         assert exchange(client, "pid")
         client.sendall(b"sleep 1\n")
-        time.sleep(0.3)  # it has begun then
+        wait_until(lambda: "sleeps" in server.lines)  # it has begun
         server.send(signal.SIGTERM)
         with client.makefile("rb") as file:
             assert file.read() == b"done\n"
@@ -313,8 +325,9 @@ def test_drain_in_the_parent_returns_how_many_workers_were_killed(impl: str, tmp
         assert exchange(client, "pid")
         server.send(signal.SIGUSR1)
         assert server.ended() == 0 and not server.workers()
-        assert server.errors().count("has not ended in time, and is killed") == 1
-        assert "drained 1" in " ".join(server.lines)
+        killed = server.errors().count("has not ended in time, and is killed")
+        assert killed in (1, 2)  # on a busy machine the one without a client may be late too
+        assert f"drained {killed}" in " ".join(server.lines)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -376,10 +389,12 @@ def test_workers_end_when_their_parent_is_gone(impl: str, name: str, tmp_path: P
 
 @pytest.mark.parametrize("name", ALL)
 def test_shutdown_ends_the_workers_and_the_server_can_serve_again(impl: str, name: str, tmp_path: Path) -> None:
-    with program(tmp_path, impl, name, stop_after=1.0, again=True) as server:
+    with program(tmp_path, impl, name, again=True) as server:
         assert server.ask().isdigit()
+        server.send(signal.SIGUSR2)
         wait_until(lambda: "served" in server.lines and len(server.started()) == 4)
         assert server.ask().isdigit()
+        server.send(signal.SIGUSR2)
         assert server.ended() == 0 and "served again" in server.lines
         assert server.errors() == ""
 
@@ -494,6 +509,7 @@ def test_only_what_a_killed_worker_handles_fails(impl: str, tmp_path: Path, seco
                 os.kill(server.workers()[kills % 3], signal.SIGKILL)
                 kills += 1
                 time.sleep(0.2)
+                wait_until(lambda: len(answers) > 10 * kills)  # noqa: B023
             wait_until(lambda: len(server.started()) == 3 + kills and len(server.workers()) == 3)
         finally:
             ended.set()
@@ -501,7 +517,6 @@ def test_only_what_a_killed_worker_handles_fails(impl: str, tmp_path: Path, seco
                 client.join()
         # A worker has at most one request of each client.
         assert len(failed) <= 4 * kills, (failed, kills)
-        assert len(answers) > 10 * kills
         assert server.errors().count("was killed by SIGKILL") == kills
         # One more or less: the parent may not have been done with its last worker when they were counted first.
         wait_until(lambda: len(os.listdir(f"/proc/{parent}/fd")) <= before + 1)
@@ -517,7 +532,7 @@ def test_a_worker_that_gets_sigterm_ends_what_runs_and_is_replaced(impl: str, na
     with program(tmp_path, impl, name, workers=1) as server, server.connect() as client:
         (pid,) = server.workers()
         client.sendall(b"sleep 1\n")
-        time.sleep(0.3)  # it has begun then
+        wait_until(lambda: "sleeps" in server.lines)  # it has begun
         os.kill(pid, signal.SIGTERM)
         with client.makefile("rb") as file:
             assert file.readline() == b"done\n"

@@ -62,6 +62,7 @@ def worker(request: pytest.FixtureRequest, impl: str) -> str:
 
 
 def server_of(worker: str, context: Any = None, base: Any = None, handler: Any = Tell, **attributes: Any) -> Any:
+    attributes = {"handshake_timeout": LIMIT, **attributes}
     return wrapped(class_of(worker, base, **attributes)(ADDRESS, handler), context)
 
 
@@ -146,7 +147,7 @@ def test_http_server_has_it_with_tls_too(impl: str, mixin: str) -> None:
     bases: list[Any] = [fastserve.ProxyProtocolMixIn, http.server.HTTPServer]
     if mixin:
         bases.insert(1, getattr(fastserve, mixin))
-    server = wrapped(type("Server", tuple(bases), {})(ADDRESS, Handler))
+    server = wrapped(type("Server", tuple(bases), {"proxy_header_timeout": LIMIT})(ADDRESS, Handler))
     with serving(server, 0.01), client_of(server, V2) as client:
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert rest_of(client).endswith(json.dumps(V1_CLIENT).encode())
@@ -313,7 +314,7 @@ def test_the_header_comes_before_the_handshake_of_the_mix_in_too(any_worker: str
     mixins = [fastserve.ProxyProtocolMixIn, fastserve.TLSMixIn]
     workers = [getattr(fastserve, f"{any_worker}MixIn")] if any_worker else []
     bases = (*(mixins if first == "proxy" else mixins[::-1]), *workers, fastserve.TCPServer)
-    server = type("Server", bases, {"ssl_context": server_context()})(ADDRESS, Tell)
+    server = type("Server", bases, {"ssl_context": server_context(), "proxy_header_timeout": LIMIT})(ADDRESS, Tell)
     context = client_context()
     with server, serving(server):
         for _ in range(2):
