@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import fastserve.streams
 from conftest import TWINS
 from core_support import outcome
-from support import open_descriptors, serving, talk, wait_until
+from support import LIMIT, open_descriptors, serving, talk, wait_until
 
 KINDS = ["stdlib", *sorted(TWINS)]
 
@@ -44,7 +44,7 @@ def connected(kind: str) -> Iterator[tuple[socket.socket, socket.socket]]:
     made, other = socket.socketpair()
     connection = connection_class(kind)(made.family, made.type, made.proto, made.detach())
     with connection, other:
-        other.settimeout(10)
+        other.settimeout(LIMIT)
         yield connection, other
 
 
@@ -517,7 +517,7 @@ def test_closing_the_connection_while_another_thread_reads(pair: Pair) -> None:
     connection.close()  # the file still holds the descriptor
     assert connection.fileno() >= 0
     other.sendall(b"later")
-    reader.join(10)
+    reader.join(LIMIT)
     assert results == [5]
     raw.close()
     assert connection.fileno() == -1

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from conftest import TWINS
 from core_support import Handled, interrupted, outcome
 from fastserve.streams import writer_class
-from support import wait_until
+from support import LIMIT, wait_until
 from test_streams import KINDS, connected
 
 _std: Any = socketserver
@@ -135,7 +135,7 @@ def test_a_large_write_waits_until_all_is_sent(ends: Ends, timeout: float | None
     reader = threading.Thread(target=receive)
     reader.start()
     assert writer.write(data) == len(data)
-    reader.join(10)
+    reader.join(LIMIT)
     assert received == data
 
 
@@ -307,7 +307,7 @@ def test_a_write_goes_on_after_a_signal(ends: Ends, timeout: float | None) -> No
     reader.start()
     with interrupted(lambda signum, frame: calls.append(signum)):
         assert writer.write(data) == len(data)
-    reader.join(10)
+    reader.join(LIMIT)
     assert received == data
 
 

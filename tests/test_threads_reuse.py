@@ -309,7 +309,8 @@ def test_a_thread_takes_one_request_after_the_other_unless_that_is_refused(no_th
 @needs_reuse
 def test_their_number_is_not_limited(no_threads: None) -> None:
     release, together = threading.Event(), 60
-    with serving(server_of(fastserve, lambda handler: release.wait(60))) as server:
+    # A client that finds the backlog full tries again after seconds.
+    with serving(server_of(fastserve, lambda handler: release.wait(60), request_queue_size=together)) as server:
         clients = [threading.Thread(target=answers, args=(server, 1)) for _ in range(together)]
         for client in clients:
             client.start()
@@ -508,7 +509,8 @@ def test_the_end_waits_for_what_a_request_has_begun_meanwhile() -> None:
 def test_where_no_thread_can_be_started_one_that_another_server_has_is_used(tmp_path: Path) -> None:
     body = """
 import resource
-together = threading.Barrier(4)
+from fastserve import _threads
+together = threading.Barrier(9)
 threads = set()
 def handle(self):
     line = self.rfile.readline()
@@ -516,18 +518,21 @@ def handle(self):
         together.wait(60)
         threads.add(threading.get_native_id())
     elif line == b"no more\\n":
+        threads.add(threading.get_native_id())
+        while _threads.counts()[0] - _threads.counts()[1] > 1:  # this one
+            time.sleep(0.001)
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20),) * 2)
     self.wfile.write(b"%d" % (threading.get_native_id() in threads))
-servers = [serve(handle, daemon_threads=True) for _ in range(8)]
+servers = [serve(handle, daemon_threads=True, request_queue_size=64) for _ in range(8)]
 for server in servers[1:]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
 servers[0].serve_forever()
 """
     with child("c", tmp_path, program(body)) as process:
         addresses = [("127.0.0.1", process.port()) for _ in range(8)]
-        # Four, so that one is idle although another has not come to rest yet.
-        clients = [threading.Thread(target=talk, args=(addresses[0], b"together\n")) for _ in range(4)]
+        # Nine, so that one is idle for each of the last requests although none of those before has come to rest yet.
+        clients = [threading.Thread(target=talk, args=(addresses[0], b"together\n")) for _ in range(9)]
         for client in clients:
             client.start()
         for client in clients:
@@ -556,7 +561,7 @@ server.socket.detach()
         address = ("127.0.0.1", process.port())
         assert talk(address, b"x\n") == b""
         assert process.line() == "ends"
-        assert process.process.wait(20) == 0
+        assert process.process.wait(60) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -213,10 +213,18 @@ def test_the_time_limit_is_over_with_the_handshake(worker: str) -> None:
             seen.extend([self.request.gettimeout(), self.request.getblocking()])
             super().setup()
 
-    with serving(server_of(worker, Handler, handshake_timeout=0.2)) as server, client_of(server) as client:
-        time.sleep(0.3)
-        client.sendall(b"late\n")
-        assert client.recv(10) == b"LATE\n"
+    def goes_on() -> bool:
+        """Return whether a handshake was in time, as it may not be on a busy machine; if it was, all goes on."""
+        answer = b""
+        with contextlib.suppress(OSError), client_of(server) as client:
+            time.sleep(0.3)
+            client.sendall(b"late\n")
+            answer = client.recv(10)
+        assert answer == b"LATE\n" or not seen
+        return bool(seen)
+
+    with serving(server_of(worker, Handler, handshake_timeout=0.2)) as server:
+        wait_until(goes_on)
     assert seen == [None, True]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import fastserve
 from fastserve import _backend, _loop
-from support import serving
+from support import LIMIT, serving
 
-POLL_INTERVAL = 30.0  # seconds: whatever happens sooner than this was not seen by a tick
+POLL_INTERVAL = 100.0  # seconds: whatever happens sooner than this was not seen by a tick
 
 
 class Names(http.server.BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ class Web(fastserve.ThreadPoolMixIn, http.server.HTTPServer):
 
 def get(server: Any) -> str:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(f"http://127.0.0.1:{server.server_port}/", timeout=10) as answer:
+    with direct.open(f"http://127.0.0.1:{server.server_port}/", timeout=LIMIT) as answer:
         return str(answer.read().decode())
 
 
@@ -65,7 +65,7 @@ def test_over_a_server_of_the_stdlib_the_flag_wakes_and_shutdown_may_come_first(
         thread.start()
         assert get(server) == "Web-worker-1"
         server._BaseServer__shutdown_request = True
-        thread.join(10)
+        thread.join(LIMIT)
         assert not thread.is_alive()
 
 
@@ -73,7 +73,7 @@ def test_over_a_server_of_the_stdlib_handle_request_hands_over(impl: str) -> Non
     with Web(("127.0.0.1", 0), Names) as server, concurrent.futures.ThreadPoolExecutor(1) as executor:
         answer = executor.submit(get, server)
         server.handle_request()
-        assert answer.result(10) == "Web-worker-1"
+        assert answer.result(LIMIT) == "Web-worker-1"
 
 
 def test_a_loop_that_a_program_has_overridden_stays_its_own(impl: str) -> None:

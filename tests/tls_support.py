@@ -185,19 +185,24 @@ def serials_under_load(server: Any, exchange: Callable[[], object], known: set[s
     :param exchange: called again and again, in a thread.
     :param known: the serial numbers of the certificates that there were, which ``exchange`` adds to.
     """
-    done = threading.Event()
+    # Whoever is late, one client has begun before the first exchange, and all look once more after it.
+    begun, exchanged, done = threading.Event(), threading.Event(), threading.Event()
 
     def exchange_all() -> None:
+        begun.wait(LIMIT)
         while not done.wait(0.01):
             exchange()
+            exchanged.set()
 
     def client() -> list[str]:
         context, serials = client_context(), []
-        for _ in range(25):
+        for number in range(25):
+            assert number < 24 or exchanged.wait(LIMIT)
             with client_of(server, context) as connection:
                 connection.sendall(b"a\n")
                 assert connection.recv(10) == b"A\n"
                 serials.append(serial_at(connection))
+            begun.set()
         return serials
 
     with ThreadPoolExecutor(9) as threads:
@@ -206,6 +211,7 @@ def serials_under_load(server: Any, exchange: Callable[[], object], known: set[s
             clients = [threads.submit(client) for _ in range(8)]
             serials = [serial for result in clients for serial in result.result(LIMIT)]
         finally:
+            begun.set()
             done.set()
         exchanging.result(LIMIT)
     assert len(serials) == 200
