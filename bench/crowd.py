@@ -60,6 +60,8 @@ FLOODED, SLOW, UNSLOWED, ACTIVE = 100, 5_000, 50, 50
 DESCRIPTORS = 16_384  # wanted
 SPARE = 200  # descriptors for all else
 PER_ADDRESS = 5_000  # connections from one address of 127/8: an address has no more than 65,535 ports
+# ip(7): the port is chosen at connect(), where one that a connection to another server has had lately will do.
+IP_BIND_ADDRESS_NO_PORT = 24
 PATIENCE = 30.0  # seconds that a client waits for its first answer before the server counts as full
 READY = 300.0  # seconds in which a crowd must have come together
 SETTLE = 0.5  # seconds before memory is looked at
@@ -97,6 +99,7 @@ def connected(port: int, count: int) -> socket.socket:
     client = socket.socket()
     try:
         client.settimeout(PATIENCE)
+        client.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         client.bind((f"127.0.1.{count // PER_ADDRESS + 1}", 0))
         client.connect(("127.0.0.1", port))
     except OSError:
