@@ -65,6 +65,13 @@ class Sleeping(fastserve.BaseRequestHandler):
         self.request.sendall(b"asleep")
         time.sleep(3600)
 
+class Computing(fastserve.BaseRequestHandler):
+    def handle(self):
+        import itertools, signal
+        signal.alarm(60)  # if nothing else ends it
+        self.request.sendall(b"%d\\n" % os.getpid())
+        sum(itertools.repeat(0))  # for ever, and no instruction of Python's between which a signal handler is called
+
 class Options(fastserve.BaseRequestHandler):
     def handle(self):
         names = "request_queue_size", "allow_reuse_address"

@@ -117,7 +117,6 @@ def test_stopping_ends_the_children_of_a_forking_server(here: Path) -> None:
         with connect(address_of(server)) as client:
             child = int(client.recv(100))
             assert child != server.pid
-            settle_before_signal(child)
             stop(server)
             assert client.recv(1) == b""
         with pytest.raises(ProcessLookupError):
@@ -131,13 +130,28 @@ def test_a_signal_to_a_forked_child_ends_the_child_alone(here: Path, signum: int
         address = address_of(server)
         with connect(address) as client:
             child = int(client.recv(100))
-            settle_before_signal(child)
             os.kill(child, signum)
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(1) == b""
         with connect(address) as client:
             assert int(client.recv(100)) != server.pid
         stop(server)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_forked_child_that_does_not_come_to_call_a_signal_handler(here: Path, signum: int) -> None:
+    with started("serve", "handlers:Computing", "--bind", "127.0.0.1:0", "--worker", "fork") as server:
+        address = address_of(server)
+        with connect(address) as client, connect(address) as other:
+            child = int(client.recv(100))
+            assert int(other.recv(100)) != child
+            os.kill(child, signum)
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+            assert stop(server, signum) < QUICK  # it ends the other one
+            with contextlib.suppress(ConnectionResetError):
+                assert other.recv(1) == b""
 
 
 @needs_unix

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ from fastserve.workers._names import WORKERS, predefined
 from fastserve.workers._pool import default_workers
 
 DEFAULT_GRACE: Final = 30  # seconds
+
+STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 
 LOG_FORMAT: Final = "%(asctime)s %(process)d %(levelname)s %(message)s"
 
@@ -208,15 +211,11 @@ def _is_unix(family: int) -> bool:
 
 def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: float, where_metrics_are: str) -> None:
     """Print the address, and serve until SIGINT or SIGTERM."""
-    pid = os.getpid()
     drains = False  # whether requests that run may end first
     runs_handlers = args.worker in ("sync", "greenlet")  # in the main thread
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal drains
-        if os.getpid() != pid:  # in a forked child, which has nothing to stop but itself
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
         if args.grace and signum == signal.SIGTERM and not drains:
             drains = True
             server.drain(args.grace)
@@ -234,8 +233,9 @@ def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: f
     if args.workers:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     else:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOPS:
             signal.signal(signum, stop)
+        _leave_to_parent(stop, args.worker == "fork")
         if args.tls_cert is not None:
             tls.reload_on_hangup(server, in_thread=args.worker in ("sync", "greenlet"))
     with contextlib.suppress(KeyboardInterrupt):
@@ -253,13 +253,43 @@ def _serve_until_stopped(server: Any, args: argparse.Namespace, poll_interval: f
     if drains:
         with contextlib.suppress(KeyboardInterrupt):
             server.drain()
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOPS:
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once, whatever it waits for
     if args.grace and not args.workers and (cut := server.drain(0)):
         print(f"fastserve: {cut} request{'s were' if cut > 1 else ' was'} cut off", file=sys.stderr)
     for child in getattr(server, "active_children", None) or ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)  # it holds the listener open: left alone it would keep the address
+
+
+def _leave_to_parent(stop: Any, forks: bool) -> None:
+    """Have the signals that call ``stop`` end forked children at once: these have nothing to stop but themselves.
+
+    A handler is called between two instructions of Python's. A child that is about to wait for its client would not
+    come to the next one; nor are signals noted that come before the fork has made a process of its own of the child
+    (``PyOS_AfterFork_Child``), unless they are blocked until then.
+
+    :param forks: whether the children are the server's, which tells them to end. What ``stop`` raises when the signals
+        are blocked no more would not come to the handler that forks: there it must raise nothing.
+    """
+    if not hasattr(os, "register_at_fork"):
+        return  # nor is there a fork
+    blocked = threading.local()
+
+    def block() -> None:
+        blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked.before)
+
+    def forget() -> None:
+        for signum in STOPS:
+            if signal.getsignal(signum) is stop:
+                signal.signal(signum, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=forget)
+    if forks:
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=unblock)
 
 
 def _is_in_greenlet() -> bool:
