@@ -257,12 +257,14 @@ def test_sigterm_lets_what_runs_end(impl: str, name: str, tmp_path: Path) -> Non
         assert server.ended() == 0 and not server.workers()
 
 
-def test_what_does_not_end_in_time_is_cut_off(impl: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_what_does_not_end_in_time_is_cut_off(impl: str, name: str, tmp_path: Path) -> None:
     options = {"graceful_timeout": 0.3, "daemon_threads": False}
-    with program(tmp_path, impl, "ThreadingTCPServer", **options) as server, server.connect() as client:
+    with program(tmp_path, impl, name, **options) as server, server.connect() as client:
         assert exchange(client, "pid")
         server.send(signal.SIGTERM)
         assert server.ended() == 0 and not server.workers()
+        assert client.recv(1) == b""  # no process is left that serves it
         assert "has not ended in time, and is killed" in server.errors()
 
 

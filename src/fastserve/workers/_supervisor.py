@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 from fastserve._loop import IS_SHUT_DOWN, SHUTDOWN_REQUEST, Loop, State, idle_timeout
+from fastserve._stdlib import socketserver
 from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers import _worker
 
@@ -45,6 +46,7 @@ class Worker:
         self.deadline: float | None = None  # time.monotonic() at which it is killed; it was told to end
         self.pause = AGAIN  # seconds until it is told again
         self.again: float | None = None  # time.monotonic() at which that is
+        self.late = False  # it has not ended in time
 
 
 class Supervisor:
@@ -69,6 +71,7 @@ class Supervisor:
         self._grace: float | None = None  # seconds: set by drain()
         self.killed = 0  # workers that have not ended in time after drain()
         self._meter = State.of(server).meter
+        self._workers_fork = isinstance(server, socketserver.ForkingMixIn)
         self._asks = False  # set by any thread: the loops of the workers are to come round
 
     def run(self) -> None:
@@ -246,9 +249,7 @@ class Supervisor:
         for worker in list(self.workers.values()):
             if worker.deadline is not None:
                 if now >= worker.deadline:
-                    _say(f"worker {worker.pid} has not ended in time, and is killed")
-                    self.killed += self._ends
-                    self._kill(worker)
+                    self._cut_off(worker)
                 elif worker.again is not None and now >= worker.again:
                     self._tell_to_end(worker)
             elif patience is not None:
@@ -324,6 +325,22 @@ class Supervisor:
                 worker.deadline = min(worker.deadline, deadline)
         self._loop.wake()
 
+    def _cut_off(self, worker: Worker) -> None:
+        """Kill a worker that has not ended in time; one that forks is to do so itself, with its children."""
+        if not worker.late:
+            worker.late = True
+            _say(f"worker {worker.pid} has not ended in time, and is killed")
+            self.killed += self._ends
+            if self._workers_fork:
+                self._interrupt(worker)
+                return
+        self._kill(worker)
+
+    def _interrupt(self, worker: Worker) -> None:
+        worker.deadline = time.monotonic() + CUT
+        worker.again = None
+        _send(worker, signal.SIGINT)
+
     def _kill(self, worker: Worker) -> None:
         worker.deadline = KILLED
         worker.again = None
@@ -335,9 +352,7 @@ class Supervisor:
         try:
             for worker in self.workers.values():
                 if at_once:
-                    worker.deadline = time.monotonic() + CUT
-                    worker.again = None
-                    _send(worker, signal.SIGINT)
+                    self._interrupt(worker)
                 else:
                     self._end(worker)
             while self.workers:
