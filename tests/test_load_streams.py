@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import struct
 import threading
 import time
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,6 +55,46 @@ def test_the_warm_up_is_not_counted_and_the_sample_is_taken_around_the_rest() ->
     assert taken[0] > 0, "the warm-up"
     assert result["samples"] == (1, 2)
     assert abs(result["requests"] - (taken[1] - taken[0])) <= 1
+
+
+def test_connections_that_begin_together_await_the_first_answer_of_all() -> None:
+    numbers = itertools.count()
+    asked_by: list[int] = []
+
+    def serve(server: Server, connection: socket.socket) -> None:
+        number = next(numbers)
+        if number == 2:
+            time.sleep(0.3)  # the others have been answered, and could go on
+        while receive(connection, 5):
+            asked_by.append(number)
+            connection.sendall(b"hello")
+
+    with running(serve) as server:
+        result = hello(server, connections=3, together=True)
+    assert sorted(asked_by[:3]) == [0, 1, 2]
+    assert set(asked_by[3:]) == {0, 1, 2}
+    assert result["errors"] == 0
+
+
+def test_connections_that_begin_together_go_on_without_one_that_is_not_answered() -> None:
+    numbers = itertools.count()
+
+    def serve(server: Server, connection: socket.socket) -> None:
+        if next(numbers) == 0:
+            server.ended.wait(60)
+        else:
+            echo(server, connection)
+
+    with running(serve) as server:
+        result = hello(server, connections=3, together=True)
+    assert result["requests"] > 0
+    assert result["stalled"] == result["errors"] == 1
+
+
+@pytest.mark.parametrize("options", [{"reconnect": True}, {"answer": None}])
+def test_connections_that_end_with_each_exchange_cannot_begin_together(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cannot begin together"):
+        hello(("127.0.0.1", 1), together=True, **options)
 
 
 def test_the_result_is_fit_for_json() -> None:

@@ -263,8 +263,8 @@ include "_load_streams.pxi"
 include "_load_datagrams.pxi"
 
 
-def streams(address, payload, *, answer, expected=None, connections=1, reconnect=False, pipeline=1, seconds=1.0,
-            warmup=0.0, sample=None):
+def streams(address, payload, *, answer, expected=None, connections=1, reconnect=False, together=False, pipeline=1,
+            seconds=1.0, warmup=0.0, sample=None):
     """Exchange a payload for an answer over TCP connections for a time, and return what was measured.
 
     :param address: ``(host, port)`` of the server, a loopback address.
@@ -274,6 +274,8 @@ def streams(address, payload, *, answer, expected=None, connections=1, reconnect
     :param expected: the bytes that must come back for one payload; ``None``: they are not compared.
     :param connections: connections at a time.
     :param reconnect: whether each exchange has a connection of its own.
+    :param together: whether no connection goes on before each was answered once, for which up to a second is waited
+        before the warm-up. A server that is busy with the first ones may come to accept no others.
     :param pipeline: payloads sent at once, whose answers are awaited together; latencies are those of the whole.
     :param seconds: how long; ``warmup``: seconds before, which do not count.
     :param sample: called without arguments when the time that counts begins and when it ends.
@@ -289,9 +291,11 @@ def streams(address, payload, *, answer, expected=None, connections=1, reconnect
     """
     if pipeline < 1:
         raise ValueError("the pipeline must be at least 1 deep")
+    if together and (reconnect or answer is None):
+        raise ValueError("connections that end with each exchange cannot begin together")
     run = _Streams(
         address, _bytes(payload) * pipeline, answer, None if expected is None else _bytes(expected) * pipeline,
-        connections, reconnect, pipeline,
+        connections, reconnect, together, pipeline,
     )
     return run.measure(warmup, seconds, sample)
 

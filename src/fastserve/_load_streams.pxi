@@ -30,8 +30,11 @@ cdef class _Streams(_Run):
     cdef int delimiter_size, delimiters
     cdef bint predicted                      # whether an expected answer is whole just at its end
     cdef bint reconnect
+    cdef bint together                       # whether all connections are answered once before any goes on
+    cdef bint gathering                      # whether that is awaited
 
-    def __init__(self, address, bytes payload, answer, expected, int connections, bint reconnect, int repeats):
+    def __init__(self, address, bytes payload, answer, expected, int connections, bint reconnect, bint together,
+                 int repeats):
         cdef int i
         cdef Connection trial
         if connections < 1:
@@ -39,6 +42,7 @@ cdef class _Streams(_Run):
         self.prepare(address, payload, expected, SCRATCH)
         self.repeats = repeats
         self.reconnect = reconnect
+        self.together = together
         if answer is None:
             self.rule = BY_CLOSE
             self.reconnect = True
@@ -83,7 +87,28 @@ cdef class _Streams(_Run):
 
     cdef int begin_all(self) except -1:
         self.turn()
-        return self.check()
+        self.check()
+        if self.together:
+            self.gather()
+        return 0
+
+    cdef int gather(self) except -1:
+        """Let no connection go on before each was answered once, or some stand still."""
+        cdef int i, gathered
+        cdef int64_t patience = load_now() + STALLED
+        self.gathering = True
+        while load_now() < patience:
+            gathered = 0
+            for i in range(self.count):
+                gathered += self.connections[i].fd >= 0 and self.connections[i].answered
+            if gathered == self.count:
+                break
+            self.run(0.01)
+        self.gathering = False
+        for i in range(self.count):
+            if self.connections[i].fd >= 0 and self.connections[i].answered:
+                self.again(i, load_now())
+        return 0
 
     cdef void open(self, uint32_t index) noexcept nogil:
         cdef Connection *connection = &self.connections[index]
@@ -223,10 +248,15 @@ cdef class _Streams(_Run):
                 shutdown(connection.fd, SHUT_WR)  # for a handler that serves its client until the client ends it
         elif connection.sent < self.payload_size:
             self.close(connection)
-        else:
-            self.begin(connection, now)
-            if not self.push(connection):
-                self.fail(index)
+        elif not self.gathering:
+            self.again(index, now)
+
+    cdef void again(self, uint32_t index, int64_t now) noexcept nogil:
+        """Begin the next exchange on a connection."""
+        cdef Connection *connection = &self.connections[index]
+        self.begin(connection, now)
+        if not self.push(connection):
+            self.fail(index)
 
     cdef ssize_t scan(self, Connection *connection, const uint8_t *data, ssize_t size) noexcept nogil:
         """Look for delimiters; return how many bytes it took to find all of them, or -1."""
