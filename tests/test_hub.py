@@ -262,6 +262,26 @@ def test_a_task_may_wait_shorter_and_longer_than_before(hub: Any) -> None:
     assert seen == [(LIMIT, True), (0.01, False), (LIMIT, True), (0.005, False), (None, True), (0.02, False)]
 
 
+@pytest.mark.parametrize("by", ["wake", "post"])
+def test_who_wakes_a_task_that_has_ended_disturbs_nobody(hub: Any, by: str) -> None:
+    ended: list[Any] = []
+    for _ in range(3):
+        hub.start(lambda: ended.append(hub.this()))  # its greenlet is kept for the next one
+    for task in ended:
+        getattr(hub, by)(task)
+    hub.wait(0)
+    seen: list[int] = []
+    for i in range(5):
+        hub.start(seen.append, i)
+    finish(hub)
+    assert seen == [0, 1, 2, 3, 4]
+    for task in ended:
+        getattr(hub, by)(task)
+    hub.start(seen.append, 5)  # before it is the turn of those
+    finish(hub)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
 def test_what_comes_in_time_is_no_timeout_even_if_its_turn_comes_late(hub: Any) -> None:
     seen = []
     tasks = []

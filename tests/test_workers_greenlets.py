@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 import fastserve
-from fastserve import _backend
+from fastserve import _backend, _waiting
 from fastserve._loop import Loop, State
 from support import LIMIT, open_descriptors, serving, talk, wait_until
 
@@ -220,6 +221,26 @@ def test_a_thread_is_called_while_others_go_on() -> None:
             release.set()
             assert waiting.recv(100) == b"of the handler"
     assert threads[0] != threads[1] and threads[0] == threads[2]
+
+
+class AtOnce(Executor):
+    """What it is to call has been called before anybody can wait for it."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def test_no_request_is_lost_after_one_whose_thread_was_faster() -> None:
+    def handle(self: Any) -> None:
+        _waiting.running().executor = AtOnce()
+        received = self.request.recv(100)
+        self.request.sendall(fastserve.to_thread(bytes, received))
+
+    with serving(server_of(handling(handle))) as server:
+        for _ in range(5):
+            assert talk(server.server_address, b"hello") == b"hello"
 
 
 def test_what_a_thread_raises_is_raised_in_the_handler() -> None:

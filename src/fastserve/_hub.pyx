@@ -148,6 +148,8 @@ cdef class Task:
                 break
             context = None
             parked = park_quietly(self.hub, self, INFINITY)
+            while parked == 0 and self.function is None and not self.ending:
+                parked = park_quietly(self.hub, self, INFINITY)  # it was woken for a request that has ended
         fs_frames_end(frames)
         if parked < 0:
             raised()
