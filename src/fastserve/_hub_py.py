@@ -7,6 +7,7 @@ switches straight to it; there is no loop in the middle that everything goes thr
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import errno
 import heapq
@@ -51,9 +52,11 @@ class Task:
         self._timed_out = False
         self._ending = False
         self._begun = False
+        self._parked = False  # or pooled; not while it runs, or has left for a greenlet of its own
 
     def _run(self) -> None:
         """Run requests, one after the other: the greenlet's life."""
+        self._begun = True
         hub = self._hub
         while self._function is not None:
             try:
@@ -72,7 +75,8 @@ class Task:
             if len(hub._pool) >= POOLED or self._ending or hub._has_ended:
                 break
             hub._pool.append(self)
-            hub._park(self)
+            while self._function is None and not self._ending:
+                hub._park(self)  # again, if it was woken for a request that has ended
         del hub._tasks[self._greenlet]
         # The greenlet goes on in its parent, the root, which looks again what there is to do.
 
@@ -186,7 +190,7 @@ class Hub:
             task = self._pool.pop()
             task._ending = True
             task._woken = True
-            self._switch(self.root, task)
+            task._greenlet.switch()
         self._has_ended = True
         _waiting.hubs.remove(self)
         self._selector.close()
@@ -259,22 +263,29 @@ class Hub:
 
         The task has a context of its own (:mod:`contextvars`), which is empty, as a thread has.
         """
-        task = self._new_task(function, arguments)
-        me = self._this()
-        if self._urgent is not None:  # only one can be next
-            self.wake(task)
-            return
-        me._woken = False
-        self._urgent = me
-        task._begun = task._woken = True
-        self._switch(me, task)
-        self._go_on(me)
-        if me is self.root:
-            self._raise_failure()
+        try:
+            task = self._new_task(function, arguments)
+            me = self._this()
+            if self._urgent is not None:  # only one can be next
+                self.wake(task)
+                return
+            me._woken = False
+            self._urgent = me
+            task._woken = True
+            self._go_on(me, task)
+            if me is self.root:
+                self._raise_failure()
+        except BaseException:
+            self._mend()
+            raise
 
     def spawn(self, function: Callable[..., object], *arguments: Any) -> None:
         """Begin a task when it is its turn. The calling greenlet goes on."""
-        self.wake(self._new_task(function, arguments))
+        try:
+            self.wake(self._new_task(function, arguments))
+        except BaseException:
+            self._mend()
+            raise
 
     def _new_task(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> Task:
         if self._pool:
@@ -380,6 +391,36 @@ class Hub:
         if error is not None:
             raise error
 
+    def _mend(self) -> None:
+        """Have all who wait look again.
+
+        What a signal handler raises may have interrupted the hub between any two steps: it was to wake somebody, say,
+        whom it had taken off the list already.
+        """
+        self._ready.clear()
+        self._ready_in_turn = 0
+        self._timers.clear()
+        self._urgent = self._beginning = None
+        self._tasks = {mine: task for mine, task in self._tasks.items() if not mine.dead}
+        self.active = 0
+        waiting = [task for task in self._tasks.values() if task._parked or not task._begun]
+        self._pool = [task for task in waiting if task._function is None]
+        for task in (self.root, *self._tasks.values()):
+            task._queued = False
+            task._heap_deadline = None
+            self.active += task._function is not None
+        for task in (self.root, *waiting):
+            task._woken = task._greenlet is getcurrent()
+            if task._function is not None or task is self.root:
+                self.wake(task)
+        for fd in set(self._selector.get_map()) - set(self._watched):
+            self._selector.unregister(fd)
+        for fd, watched in list(self._watched.items()):
+            key = self._selector.get_map().get(fd)
+            watched.mask = 0 if key is None else key.events
+            with contextlib.suppress(OSError):  # closed by another thread; those who waited for it look again
+                self._update(fd, watched)
+
     # Descriptors.
 
     def wait_io(self, sock: socket.socket, fd: int, writing: bool, deadline: float | None) -> None:
@@ -394,8 +435,8 @@ class Hub:
         me = self._this()
         watched = self._watched.setdefault(fd, _Watched())
         waiting = watched.writers if writing else watched.readers
-        waiting.append(me)
         try:
+            waiting.append(me)
             self._update(fd, watched)
             if socket.socket.fileno(sock) != fd:
                 return  # another thread has closed it meanwhile
@@ -471,26 +512,42 @@ class Hub:
         if me.killed:
             raise GreenletExit
         me._woken = False
-        self._go_on(me)
+        try:
+            self._go_on(me)
+            if me is self.root:
+                self._raise_failure()
+        except BaseException:
+            if me is self.root:
+                self._mend()
+            raise
         if me.killed:
             raise GreenletExit
-        if me is self.root:
-            self._raise_failure()
 
-    def _go_on(self, me: Task) -> None:
+    def _go_on(self, me: Task, target: Task | None = None) -> None:
+        """Let others go on, ``target`` first, until it is the turn of the calling greenlet."""
+        me._parked = True
         while not me._woken:
-            target = self._next_task()
-            if target is not me:
-                self._switch(me, target)
+            has_left = False
+            try:
+                if target is None:
+                    target = self._next_task()
+                if target is not me:
+                    self._current = target
+                    self.progress += 1
+                    has_left = True  # a signal handler is called before this line, or when the greenlet is back
+                    target._greenlet.switch()
+            except BaseException as error:
+                if has_left or me._woken or me is self.root:
+                    me._parked = False
+                    raise
+                # Whoever happens to wait has nothing to do with what a signal handler raises: it is the root's.
+                self._failure = error
+                self._urgent = self.root
+            finally:
+                self._current = me
+            target = None
+        me._parked = False
         self._budget = BUDGET
-
-    def _switch(self, me: Task, target: Task) -> None:
-        self._current = target
-        self.progress += 1
-        try:
-            target._greenlet.switch()
-        finally:
-            self._current = me
 
     def _next_task(self) -> Task:
         """Return the task that is to go on, which is noted in it."""
@@ -501,7 +558,7 @@ class Hub:
                 return task
             if self._beginning is not None:
                 task, self._beginning = self._beginning, None
-                task._begun = task._woken = True
+                task._woken = True
                 return task
             while self._ready_in_turn:
                 self._ready_in_turn -= 1
@@ -512,7 +569,7 @@ class Hub:
                         # A new greenlet counts its recursion from where it begins: the root's place.
                         self._beginning = task
                         return self.root
-                    task._begun = task._woken = True
+                    task._woken = True
                     return task
             # Those that become ready meanwhile have their turn after the next look at the kernel's.
             if not self._collect():
@@ -587,8 +644,8 @@ class Hub:
     # The heap of timers. A task keeps its place when its wait is over; an earlier deadline gives it one more.
 
     def _set_timer(self, task: Task, deadline: float) -> None:
-        task._heap_deadline = deadline
         heapq.heappush(self._timers, (deadline, next(self._numbers), task))
+        task._heap_deadline = deadline  # last: it is true although a signal handler raised something before
 
     def _fire_timers(self) -> None:
         """Wake the tasks whose deadline has passed; find those a new place that have a later one by now."""
