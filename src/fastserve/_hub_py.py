@@ -397,15 +397,17 @@ class Hub:
         What a signal handler raises may have interrupted the hub between any two steps: it was to wake somebody, say,
         whom it had taken off the list already.
         """
-        self._ready.clear()
-        self._ready_in_turn = 0
-        self._timers.clear()
         self._urgent = self._beginning = None
         self._tasks = {mine: task for mine, task in self._tasks.items() if not mine.dead}
+        ours = {self.root, *self._tasks.values()}  # others are of greenlets that handlers have made
+        self._ready = deque(task for task in self._ready if task not in ours)
+        self._ready_in_turn = 0
+        self._timers = [timer for timer in self._timers if timer[2] not in ours]
+        heapq.heapify(self._timers)
         self.active = 0
         waiting = [task for task in self._tasks.values() if task._parked or not task._begun]
         self._pool = [task for task in waiting if task._function is None]
-        for task in (self.root, *self._tasks.values()):
+        for task in ours:
             task._queued = False
             task._heap_deadline = None
             self.active += task._function is not None
