@@ -76,21 +76,6 @@ def test_connections_that_begin_together_await_the_first_answer_of_all() -> None
     assert result["errors"] == 0
 
 
-def test_connections_that_begin_together_go_on_without_one_that_is_not_answered() -> None:
-    numbers = itertools.count()
-
-    def serve(server: Server, connection: socket.socket) -> None:
-        if next(numbers) == 0:
-            server.ended.wait(60)
-        else:
-            echo(server, connection)
-
-    with running(serve) as server:
-        result = hello(server, connections=3, together=True)
-    assert result["requests"] > 0
-    assert result["stalled"] == result["errors"] == 1
-
-
 @pytest.mark.parametrize("options", [{"reconnect": True}, {"answer": None}])
 def test_connections_that_end_with_each_exchange_cannot_begin_together(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="cannot begin together"):
@@ -235,7 +220,8 @@ def test_a_server_that_never_answers_stalls_every_connection_however_short_the_r
     assert result["generator_cpu"] < 0.3
 
 
-def test_a_connection_that_is_not_served_is_seen_beside_others() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_connection_that_is_not_served_is_seen_beside_others(together: bool) -> None:
     taken = threading.Lock()
 
     def serve(server: Server, connection: socket.socket) -> None:
@@ -245,7 +231,7 @@ def test_a_connection_that_is_not_served_is_seen_beside_others() -> None:
             echo(server, connection)
 
     with running(serve) as server:
-        result = hello(server, connections=3)
+        result = hello(server, connections=3, together=together)
     assert result["requests"] > 0
     assert result["stalled"] == result["errors"] == 1
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastserve._loop import STATE, Loop, State
-from fastserve._stdlib import socketserver
+from fastserve._stdlib import FORKING
 from fastserve.tls import FAILED_HANDSHAKE
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Meter:
 
     def __init__(self, server: Any) -> None:
         self._server = weakref.ref(server)
-        self.forks = isinstance(server, getattr(socketserver, "ForkingMixIn", ()))
+        self.forks = isinstance(server, FORKING)
         self.supervisor: Supervisor | None = None  # of the workers, in their parent while it serves
         # Between the children: a lock is released by the kernel when its process dies.
         self._file: FileIO | None = _new_file() if self.forks else None

@@ -7,3 +7,5 @@ place in ``sys.modules`` by then.
 from __future__ import annotations
 
 import socketserver as socketserver
+
+FORKING = getattr(socketserver, "ForkingMixIn", ())  # for isinstance(); nothing is one where there is no fork

@@ -18,7 +18,7 @@ from fastserve import _backend
 from fastserve._annotations import Any, Final
 from fastserve._datagrams_py import Request
 from fastserve._loop import STATE, Loop, SelectorLoop, State, watch_forks
-from fastserve._stdlib import socketserver
+from fastserve._stdlib import FORKING
 from fastserve.gathering import GatheringSocket, gathering_socket
 from fastserve.handlers import OWN_OF_HANDLERS
 
@@ -32,7 +32,6 @@ _FAMILIES: Final = frozenset(
     int(getattr(socket, name)) for name in ("AF_INET", "AF_INET6", "AF_UNIX") if hasattr(socket, name)
 )
 _CAN_BATCH: Final = hasattr(socket, "MSG_DONTWAIT") and hasattr(_PLAIN, "recvmsg")
-_Forking: Final[Any] = getattr(socketserver, "ForkingMixIn", ())
 
 
 class Datagrams:
@@ -167,7 +166,7 @@ def _is_shared(server: Any) -> bool:
 
     In a forked child it is so for every server that was not made in the child.
     """
-    if isinstance(server, _Forking):
+    if isinstance(server, FORKING):
         return True
     here = os.getpid()
     return here != _imported_in and getattr(server._BaseServer__is_shut_down, "made_in", None) != here

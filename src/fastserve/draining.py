@@ -23,7 +23,7 @@ from typing import Any, Final
 from fastserve import _backend, sockets
 from fastserve._loop import SHUTDOWN_REQUEST, State
 from fastserve._order import BeforeServer
-from fastserve._stdlib import socketserver
+from fastserve._stdlib import FORKING, socketserver
 from fastserve.server import BaseServer
 from fastserve.workers._following import IsShutDown, following
 
@@ -34,8 +34,6 @@ SLOW_TICK: Final = 0.5  # seconds between two looks otherwise: for a time limit 
 QUIET: Final = 0.1  # seconds for which a handler is to be seen idle; it may just have received something
 
 CUT: Final = 1.0  # seconds that are left to handlers to find out that their connections were cut
-
-_FORKING: Final[Any] = getattr(socketserver, "ForkingMixIn", ())
 
 # There what the kernel has received can still be read after SHUT_RD; elsewhere it is dropped.
 _KEEPS_RECEIVED: Final = sys.platform == "linux"
@@ -105,7 +103,7 @@ class DrainMixIn(BeforeServer):
         """Remember the request, and have it handled. The loop's thread calls it."""
         requests = requests_of(self)
         requests.add(request)
-        if not isinstance(self, _FORKING):
+        if not isinstance(self, FORKING):
             super().process_request(request, client_address)  # type: ignore[misc]
             return
         # A child has its own handler before a signal comes to it.
@@ -275,7 +273,7 @@ class Requests:
         if entry is None:  # an override of process_request() has handled it in its own way
             entry = self._entries.setdefault(id(request), _Entry(request))
         entry.thread = threading.get_ident()
-        if self._process != os.getpid() and isinstance(server, _FORKING):
+        if self._process != os.getpid() and isinstance(server, FORKING):
             self._begin_process()
             self._is_child = True
             self._is_driven = False
@@ -426,7 +424,7 @@ class Requests:
     def cut_off(self, server: Any) -> None:
         """Cut off what is left."""
         # A forking server holds a request for a moment that its child, which is counted, has already.
-        is_parent = isinstance(server, _FORKING) and not self._is_child
+        is_parent = isinstance(server, FORKING) and not self._is_child
         with self.lock:
             for entry in list(self._entries.values()):
                 if not entry.cut:

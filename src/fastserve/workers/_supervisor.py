@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 from fastserve._loop import IS_SHUT_DOWN, SHUTDOWN_REQUEST, Loop, State, idle_timeout
-from fastserve._stdlib import socketserver
+from fastserve._stdlib import FORKING
 from fastserve.tls_mixin import TLSMixIn
 from fastserve.workers import _worker
 
@@ -71,7 +71,7 @@ class Supervisor:
         self._grace: float | None = None  # seconds: set by drain()
         self.killed = 0  # workers that have not ended in time after drain()
         self._meter = State.of(server).meter
-        self._workers_fork = isinstance(server, socketserver.ForkingMixIn)
+        self._workers_fork = isinstance(server, FORKING)
         self._asks = False  # set by any thread: the loops of the workers are to come round
 
     def run(self) -> None:
